@@ -1,0 +1,17 @@
+"""The application: which commands there are."""
+
+from __future__ import annotations
+
+import typer
+
+from cmt_fast.cli import bench, demo, info, predict, train, verify
+
+app = typer.Typer(
+    name="cmt-fast",
+    help="CMT, the hybrid CNN / transformer backbone, as fast as its FLOP count.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (info.info, verify.verify, bench.bench, predict.predict, train.train, demo.demo):
+    app.command()(command)

@@ -1,0 +1,1 @@
+"""Attention with few keys and a dense learned bias."""

@@ -1,0 +1,68 @@
+"""Public attention with reduced keys and values: validate, choose a backend, call."""
+
+from __future__ import annotations
+
+import functools
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from cmt_fast.backend import select
+from cmt_fast.ops.attention.reference import reduced_kv_attention_reference
+from cmt_fast.ops.checks import check_same, shape_of
+
+
+def reduced_kv_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """``softmax(scale * q k^T + bias) v`` for few keys and a dense bias shared by the batch (paper section 3.2).
+
+    Args:
+        q: (B, h, N, d_qk) queries, any strides: ``linear(x).unflatten(-1, (h, d)).transpose(1, 2)`` needs no copy.
+        k: (B, h, M, d_qk) keys.
+        v: (B, h, M, d_v) values; d_v may differ from d_qk.
+        bias: (h, N, M), added to every image's logits, or None. It receives a gradient.
+        scale: factor of the logits, by default ``d_qk ** -0.5``.
+        dropout_p: probability of dropping an attention weight.
+        backend: see :func:`cmt_fast.use_backend`.
+
+    Returns:
+        (B, h, N, d_v).
+
+    Raises:
+        ValueError: on a wrong shape or device, or a probability outside [0, 1).
+        BackendError: if ``backend`` names one that cannot run this call.
+    """
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, Tensor) or tensor.dim() != 4:
+            raise ValueError(f"{name} must be a 4-D tensor (B, heads, tokens, head dim), got {shape_of(tensor)}")
+        check_same(name, tensor, "q", q)
+    B, h, N, d = q.shape
+    M = k.shape[2]
+    if tuple(k.shape) != (B, h, M, d):
+        raise ValueError(
+            f"k must have shape (B, h, M, d_qk) = ({B}, {h}, M, {d}) to meet q {shape_of(q)}, got {shape_of(k)}"
+        )
+    if tuple(v.shape[:3]) != (B, h, M):
+        raise ValueError(
+            f"v must have shape (B, h, M, d_v) = ({B}, {h}, {M}, d_v) to meet k {shape_of(k)}, got {shape_of(v)}"
+        )
+    if M == 0:
+        raise ValueError("k and v hold no keys: attention over nothing is undefined")
+    if bias is not None:
+        if tuple(bias.shape) != (h, N, M):
+            raise ValueError(f"bias must have shape (h, N, M) = ({h}, {N}, {M}), got {shape_of(bias)}")
+        check_same("bias", bias, "q", q)
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    scale = d**-0.5 if scale is None else scale
+    dropout = functools.partial(F.dropout, p=dropout_p) if dropout_p > 0 else None
+    select("reduced_kv_attention", {}, backend, device=q.device)
+    return reduced_kv_attention_reference(q, k, v, bias, scale, dropout)

@@ -1,0 +1,49 @@
+"""Resizing the dense relative position bias to another input size."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from cmt_fast.ops.checks import shape_of
+
+Grid = tuple[int, int]
+
+
+def resize_relative_pos(
+    bias: Tensor, query_grid: Grid, key_grid: Grid, new_query_grid: Grid, new_key_grid: Grid
+) -> Tensor:
+    """Resize a bias table separably and bicubically: first over the query grid, then over the key grid.
+
+    The paper transfers B to another size "through bicubic interpolation" (section 3.2). Both axes of B are flattened 2-D
+    grids, so each is interpolated as the grid that it is; the result is linear in ``bias`` and differentiable.
+
+    Args:
+        bias: (h, Hq * Wq, Hk * Wk).
+        query_grid, key_grid: (Hq, Wq) and (Hk, Wk) of ``bias``.
+        new_query_grid, new_key_grid: the grids wanted.
+
+    Returns:
+        (h, Hq' * Wq', Hk' * Wk') in the dtype of ``bias``; ``bias`` itself where nothing changes.
+
+    Raises:
+        ValueError: if ``bias`` does not have the shape of its grids.
+    """
+    heads = bias.shape[0]
+    (hq, wq), (hk, wk) = query_grid, key_grid
+    if tuple(bias.shape) != (heads, hq * wq, hk * wk):
+        raise ValueError(
+            f"bias must have shape (h, {hq * wq}, {hk * wk}) for query grid {query_grid} and key grid {key_grid}, got {shape_of(bias)}"
+        )
+    if query_grid == new_query_grid and key_grid == new_key_grid:
+        return bias
+    dtype = bias.dtype
+    if dtype.itemsize < 4:  # interpolation weights in 16 bit would cost accuracy for no speed
+        bias = bias.float()
+    if query_grid != new_query_grid:
+        grid = bias.transpose(1, 2).unflatten(2, query_grid)  # (h, M, Hq, Wq)
+        bias = F.interpolate(grid, new_query_grid, mode="bicubic").flatten(2).transpose(1, 2)  # (h, N', M)
+    if key_grid != new_key_grid:
+        grid = bias.unflatten(2, key_grid)  # (h, N', Hk, Wk)
+        bias = F.interpolate(grid, new_key_grid, mode="bicubic").flatten(2)  # (h, N', M')
+    return bias.to(dtype)

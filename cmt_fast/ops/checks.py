@@ -1,0 +1,49 @@
+"""Input checks of the public functions: what was expected, what came, what to do. The same for every backend."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+def shape_of(x: object) -> str:
+    """How an argument is named in a message: a tensor by its shape, anything else by its type."""
+    return str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__
+
+
+def check_map(x: Tensor, name: str = "x") -> None:
+    """Require a floating-point (B, H, W, C) map."""
+    if not isinstance(x, Tensor) or x.dim() != 4:
+        raise ValueError(
+            f"{name} must be a 4-D tensor (B, H, W, C), got {shape_of(x)}; tokens (B, N, C) become a map by x.unflatten(1, (H, W))"
+        )
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {x.dtype}")
+    if 0 in x.shape[1:]:
+        raise ValueError(f"{name} must have at least one row, column and channel, got {shape_of(x)}")
+
+
+def check_same(name: str, tensor: Tensor | None, other_name: str, other: Tensor) -> None:
+    """Require ``tensor`` (if given) to be on the device of ``other``."""
+    if tensor is not None and tensor.device != other.device:
+        raise ValueError(f"{name} is on {tensor.device} but {other_name} is on {other.device}; move one of them")
+
+
+def check_vector(name: str, tensor: Tensor | None, length: int) -> None:
+    """Require a 1-D tensor of ``length`` elements, or ``None``."""
+    if tensor is not None and tuple(tensor.shape) != (length,):
+        raise ValueError(f"{name} must have shape ({length},), got {shape_of(tensor)}")
+
+
+def not_plain(name: str, module: nn.Module | None, kind: type[nn.Module]) -> list[str]:
+    """Reasons why a fused kernel may not read the parameters of ``module`` and skip its ``forward``.
+
+    A subclass, an adapter or a hook changes what calling the module does; only the reference, which calls it, honours that.
+    """
+    if module is None:
+        return []
+    reasons = []
+    if type(module) is not kind:
+        reasons.append(f"{name} is a {type(module).__name__}, not a plain {kind.__name__}")
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        reasons.append(f"{name} has hooks, which only the reference calls")
+    return reasons

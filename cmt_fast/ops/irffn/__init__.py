@@ -1,0 +1,1 @@
+"""Inverted residual feed-forward network: the third sub-layer of a CMT block."""

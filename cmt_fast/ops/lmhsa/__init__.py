@@ -1,0 +1,1 @@
+"""Lightweight multi-head self-attention: the second sub-layer of a CMT block."""

@@ -1,0 +1,79 @@
+"""Public lightweight multi-head self-attention: validate, choose a backend, call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from cmt_fast.backend import select
+from cmt_fast.ops.checks import check_map, check_same, shape_of
+from cmt_fast.ops.lmhsa.reference import lmhsa_reference
+
+
+def lmhsa(
+    x: Tensor,
+    relative_pos: Tensor,
+    *,
+    q: nn.Module,
+    k: nn.Module,
+    v: nn.Module,
+    proj: nn.Module,
+    num_heads: int,
+    scale: float,
+    reduction: nn.Module | None = None,
+    norm: nn.Module | None = None,
+    attn_drop: Callable[[Tensor], Tensor] | None = None,
+    proj_drop: Callable[[Tensor], Tensor] | None = None,
+    drop_path: Callable[[Tensor], Tensor] | None = None,
+    shortcut: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    """Lightweight multi-head self-attention, second sub-layer of a CMT block (paper section 3.2).
+
+    ``y = norm(x)``; queries from every token of ``y``, keys and values from ``reduction(y)``;
+    ``z = proj(softmax(scale * q k^T + relative_pos) v)``; returns ``x + drop_path(z)``.
+
+    Args:
+        x: (B, H, W, C), floating point.
+        relative_pos: (num_heads, N, M), the dense learned bias: N = H * W queries, M keys after the reduction.
+        q, k: ``nn.Linear(C, d_qk * num_heads)``; v: ``nn.Linear(C, C)``; proj: ``nn.Linear(C, C)``.
+        num_heads: heads h; q's and v's widths are divided by it.
+        scale: factor of the logits, ``head_dim ** -0.5`` in the paper.
+        reduction: maps (B, C, H, W) to (B, C, H // k, W // k): depthwise k x k convolution and BatchNorm; None for k = 1.
+        norm: LayerNorm over C; None skips it.
+        attn_drop, proj_drop, drop_path: dropout of the weights, of the output, and stochastic depth; None skips them.
+        shortcut: add ``x``; False returns the branch alone.
+        backend: see :func:`cmt_fast.use_backend`.
+
+    Returns:
+        (B, H, W, C).
+
+    Raises:
+        ValueError, TypeError: on a wrong shape, dtype or device.
+        BackendError: if ``backend`` names one that cannot run this call.
+    """
+    check_map(x)
+    tokens = x.shape[1] * x.shape[2]
+    if relative_pos.dim() != 3 or tuple(relative_pos.shape[:2]) != (num_heads, tokens):
+        raise ValueError(
+            f"relative_pos must have shape (num_heads, H * W, keys) = ({num_heads}, {tokens}, keys), got {shape_of(relative_pos)}"
+        )
+    check_same("relative_pos", relative_pos, "x", x)
+    select("lmhsa", {}, backend, device=x.device)
+    return lmhsa_reference(
+        x,
+        relative_pos,
+        q=q,
+        k=k,
+        v=v,
+        proj=proj,
+        num_heads=num_heads,
+        scale=scale,
+        reduction=reduction,
+        norm=norm,
+        attn_drop=attn_drop,
+        proj_drop=proj_drop,
+        drop_path=drop_path,
+        shortcut=shortcut,
+    )

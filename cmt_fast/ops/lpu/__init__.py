@@ -1,0 +1,1 @@
+"""Local perception unit: depthwise 3x3 convolution with shortcut."""
