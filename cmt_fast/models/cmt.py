@@ -131,7 +131,7 @@ class CMT(nn.Module):
         for stage, grid, heads in zip(STAGES, grids, num_heads):
             table = torch.randn(heads, grid.num_queries, grid.num_keys)
             self.register_parameter(f"relative_pos_{stage}", nn.Parameter(table))
-        drop_path = torch.linspace(0, drop_path_rate, sum(depths)).tolist()
+        drop_path = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist()  # also when built on "meta"
         for i, stage in enumerate(STAGES):
             blocks = [
                 Block(
