@@ -3,17 +3,30 @@
 from cmt_fast import functional
 from cmt_fast._version import __version__
 from cmt_fast.backend import BackendError, explain, get_backend, set_backend, use_backend
+from cmt_fast.models.checkpoint import CheckpointError, load_checkpoint, load_model, read_checkpoint, save_checkpoint
 from cmt_fast.models.cmt import CMT
+from cmt_fast.models.create import cmt_b, cmt_s, cmt_ti, cmt_xs
+from cmt_fast.models.create import create as create_model
 from cmt_fast.models.features import CMTFeatures
 
 __all__ = [
     "CMT",
     "BackendError",
     "CMTFeatures",
+    "CheckpointError",
     "__version__",
+    "cmt_b",
+    "cmt_s",
+    "cmt_ti",
+    "cmt_xs",
+    "create_model",
     "explain",
     "functional",
     "get_backend",
+    "load_checkpoint",
+    "load_model",
+    "read_checkpoint",
+    "save_checkpoint",
     "set_backend",
     "use_backend",
 ]

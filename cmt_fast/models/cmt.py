@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from cmt_fast.models.config import STAGES, read_config
 from cmt_fast.models.grids import StageGrid, image_size, stage_grids
 from cmt_fast.modules import Block, PatchEmbed
 from cmt_fast.ops.attention.relative_pos import resize_relative_pos
 from cmt_fast.ops.checks import shape_of
-
-STAGES = ("a", "b", "c", "d")
 
 
 class CMT(nn.Module):
@@ -163,6 +162,23 @@ class CMT(nn.Module):
         self._drop: nn.Module = nn.Dropout(dp)
         self.head: nn.Module = nn.Linear(self.head_hidden_size, num_classes) if num_classes > 0 else nn.Identity()
         self.apply(_init_weights)
+
+    # ---- saving and loading ------------------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Constructor arguments that build a model like this one, as plain data (see :func:`read_config`).
+
+        Raises:
+            ValueError: if there are none, as after :meth:`prune_intermediate_layers`.
+        """
+        return read_config(self)
+
+    def load_pretrained(self, path: str, prefix: str = "") -> None:
+        """Load a checkpoint; called by timm for its ``pretrained=True``. ``prefix`` is accepted for timm."""
+        from cmt_fast.models.checkpoint import load_checkpoint  # which imports this module
+
+        load_checkpoint(self, path, adapt_in_chans=True)
 
     # ---- what timm's tools ask a model -------------------------------------------------------------------------------
 

@@ -1,0 +1,64 @@
+"""The four published models as functions, with the original's names and arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from cmt_fast.models.checkpoint import load_checkpoint
+from cmt_fast.models.cmt import CMT
+from cmt_fast.models.features import CMTFeatures
+from cmt_fast.models.variants import VARIANTS
+
+
+def create(
+    name: str,
+    pretrained: bool = False,
+    *,
+    features_only: bool = False,
+    out_indices: Sequence[int] | int = (0, 1, 2, 3),
+    **kwargs: Any,
+) -> nn.Module:
+    """Build a published variant by name; see :func:`cmt_s` for the arguments.
+
+    Raises:
+        ValueError: if ``name`` is no variant; the message lists the names.
+    """
+    if name not in VARIANTS:
+        raise ValueError(f"unknown model {name!r}; expected one of {', '.join(VARIANTS)}")
+    variant = VARIANTS[name]
+    config: dict[str, Any] = {**variant.config, **kwargs}
+    config.setdefault("img_size", variant.resolution if pretrained else 224)
+    model = CMT(**config)
+    if pretrained:
+        load_checkpoint(model, variant.url)
+    return CMTFeatures(model, out_indices) if features_only else model
+
+
+def cmt_ti(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """CMT-Ti: 9.5 M parameters, 0.64 GMAC at its published resolution of 160. Arguments as :func:`cmt_s`."""
+    return create("cmt_ti", pretrained, **kwargs)
+
+
+def cmt_xs(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """CMT-XS: 15.2 M parameters, 1.55 GMAC at its published resolution of 192. Arguments as :func:`cmt_s`."""
+    return create("cmt_xs", pretrained, **kwargs)
+
+
+def cmt_s(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """CMT-S: 26.3 M parameters, 4.03 GMAC at its published resolution of 224.
+
+    Args:
+        pretrained: load the original's published weights (downloaded once into torch's hub directory).
+        **kwargs: arguments of :class:`cmt_fast.CMT`. ``img_size`` is 224 if not given, as in the original; with
+            ``pretrained`` it is the resolution of the published weights. ``features_only=True`` returns a
+            :class:`cmt_fast.CMTFeatures` of the stages ``out_indices``.
+    """
+    return create("cmt_s", pretrained, **kwargs)
+
+
+def cmt_b(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """CMT-B: 45.7 M parameters, 9.32 GMAC at its published resolution of 256. Arguments as :func:`cmt_s`."""
+    return create("cmt_b", pretrained, **kwargs)
