@@ -3,11 +3,13 @@
 from cmt_fast import functional
 from cmt_fast._version import __version__
 from cmt_fast.backend import BackendError, explain, get_backend, set_backend, use_backend
+from cmt_fast.models.accelerate import accelerate
 from cmt_fast.models.checkpoint import CheckpointError, load_checkpoint, load_model, read_checkpoint, save_checkpoint
 from cmt_fast.models.cmt import CMT
 from cmt_fast.models.create import cmt_b, cmt_s, cmt_ti, cmt_xs
 from cmt_fast.models.create import create as create_model
 from cmt_fast.models.features import CMTFeatures
+from cmt_fast.models.timm_hook import register_with_timm
 
 __all__ = [
     "CMT",
@@ -15,6 +17,7 @@ __all__ = [
     "CMTFeatures",
     "CheckpointError",
     "__version__",
+    "accelerate",
     "cmt_b",
     "cmt_s",
     "cmt_ti",
@@ -30,3 +33,6 @@ __all__ = [
     "set_backend",
     "use_backend",
 ]
+
+register_with_timm()
+del register_with_timm

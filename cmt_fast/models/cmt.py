@@ -189,14 +189,19 @@ class CMT(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that sort parameter names into layers, for layer-wise learning rate decay (timm's convention).
 
-        A group is a block, or a whole stage if ``coarse``; patch embedding and bias table belong to the stage's first.
+        A group is a block, or a whole stage if ``coarse``; patch embedding and bias table belong to the stage's first, the
+        layers between the last block and the classifier to the last. timm gives what no pattern matches, the classifier,
+        a group of its own.
         """
-        block = r"^blocks_([abcd])" if coarse else r"^blocks_([abcd])\.(\d+)"
-        return dict(
-            stem=r"^stem_",
-            blocks=[(block, None), (r"^(?:patch_embed|relative_pos)_([abcd])", None if coarse else (0,))],
-            head=[(r"^(?:_fc|_bn|pre_logits|head)", (99999,))],
-        )
+        matcher: dict[str, Any] = {"stem": r"^stem_"}
+        for stage in self.stages:
+            before = rf"^(?:patch_embed|relative_pos)_{stage}"
+            if coarse:
+                matcher[f"blocks_{stage}"] = [(rf"{before}|^blocks_{stage}", None)]
+            else:
+                matcher[f"blocks_{stage}"] = [(rf"^blocks_{stage}\.(\d+)", None), (before, (0,))]
+        matcher["neck"] = [(r"^(?:_fc|_bn|pre_logits)", (99999,))]
+        return matcher
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of storing its activations.

@@ -9,11 +9,15 @@ from torch import nn
 STAGES = ("a", "b", "c", "d")
 
 
-def read_config(model: Any) -> dict[str, Any]:
+def read_config(model: Any, *, any_norm: bool = False) -> dict[str, Any]:
     """Constructor arguments of :class:`cmt_fast.CMT` that build a model of the same layout; plain data only.
 
     Works on any model with the original's attributes, so it also reads an instance of the original class. The arguments
     come from the first block of each stage; that all blocks are alike is not checked here.
+
+    Args:
+        model: a CMT, ours or the original's.
+        any_norm: accept blocks whose norms are not the default ones, which no plain data can describe.
 
     Raises:
         ValueError: if no arguments build such a model: stages or the head were removed, or the blocks' norms are not the
@@ -28,7 +32,7 @@ def read_config(model: Any) -> dict[str, Any]:
     last = getattr(model, f"blocks_{STAGES[-1]}")[-1]
     dims = [getattr(model, f"patch_embed_{stage}").proj.out_channels for stage in STAGES]
     norms = {f"{type(norm).__name__} eps {getattr(norm, 'eps', None)}" for b in first for norm in (b.norm1, b.norm2)}
-    if norms != {"LayerNorm eps 1e-06"}:
+    if not any_norm and norms != {"LayerNorm eps 1e-06"}:
         raise ValueError(
             f"the blocks' norms are not the default LayerNorm with eps 1e-6 but {', '.join(sorted(norms))}"
         )
@@ -52,7 +56,7 @@ def read_config(model: Any) -> dict[str, Any]:
         "sr_ratios": [block.attn.sr_ratio for block in first],
         "dp": model._drop.p,
         "global_pool": getattr(model, "global_pool", "avg"),
-        "decay_relative_pos": "relative_pos_a" not in model.no_weight_decay(),
+        "decay_relative_pos": "relative_pos_a" not in getattr(model, "no_weight_decay", set)(),
     }
 
 

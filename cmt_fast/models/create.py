@@ -24,17 +24,44 @@ def create(
     """Build a published variant by name; see :func:`cmt_s` for the arguments.
 
     Raises:
-        ValueError: if ``name`` is no variant; the message lists the names.
+        ValueError: if ``name`` is no variant (the message lists the names), or the arguments contradict each other.
+        CheckpointError: if ``pretrained`` and the weights cannot be fetched.
     """
     if name not in VARIANTS:
         raise ValueError(f"unknown model {name!r}; expected one of {', '.join(VARIANTS)}")
     variant = VARIANTS[name]
     config: dict[str, Any] = {**variant.config, **kwargs}
     config.setdefault("img_size", variant.resolution if pretrained else 224)
-    model = CMT(**config)
+    cmt = CMT(**config)
     if pretrained:
-        load_checkpoint(model, variant.url)
-    return CMTFeatures(model, out_indices) if features_only else model
+        load_checkpoint(cmt, variant.url, adapt_in_chans=True)
+    model: Any = CMTFeatures(cmt, out_indices) if features_only else cmt
+    # timm's tools look for both names; the size is the one the model is made for.
+    model.default_cfg = model.pretrained_cfg = {**default_cfg(name), "input_size": (cmt.in_chans, *cmt.img_size)}
+    return model
+
+
+def default_cfg(name: str) -> dict[str, Any]:
+    """What timm knows of a variant's published weights: where they are, and how images are prepared for them.
+
+    The original evaluates on the centre crop of an image resized to 256 / 224 of the crop, so ``crop_pct`` is 0.875
+    (its own ``default_cfg`` says 0.9 and 224 pixels for every variant).
+    """
+    side = VARIANTS[name].resolution
+    return {
+        "url": VARIANTS[name].url,
+        "num_classes": 1000,
+        "input_size": (3, side, side),
+        "fixed_input_size": True,
+        "pool_size": None,
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "first_conv": "stem_conv1",
+        "classifier": "head",
+        "custom_load": True,
+    }
 
 
 def cmt_ti(pretrained: bool = False, **kwargs: Any) -> nn.Module:
@@ -51,10 +78,14 @@ def cmt_s(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """CMT-S: 26.3 M parameters, 4.03 GMAC at its published resolution of 224.
 
     Args:
-        pretrained: load the original's published weights (downloaded once into torch's hub directory).
+        pretrained: load the original's published weights (downloaded once into torch's hub directory). They are fitted
+            to another ``img_size`` and ``in_chans``; with another ``num_classes`` the classifier stays untrained.
         **kwargs: arguments of :class:`cmt_fast.CMT`. ``img_size`` is 224 if not given, as in the original; with
             ``pretrained`` it is the resolution of the published weights. ``features_only=True`` returns a
             :class:`cmt_fast.CMTFeatures` of the stages ``out_indices``.
+
+    Dropout has the original's names, here and in ``timm.create_model``: ``drop_rate`` is the dropout inside the blocks
+    (timm's models mean that of the classifier) and ``dp`` the classifier's.
     """
     return create("cmt_s", pretrained, **kwargs)
 
