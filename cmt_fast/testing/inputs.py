@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -109,6 +109,7 @@ class Case:
         build: makes the module.
         input_shapes: name and shape of each input.
         stateful: the module behaves differently in training and evaluation mode (BatchNorm).
+        strided: the inputs are not contiguous.
     """
 
     op: str
@@ -116,6 +117,7 @@ class Case:
     build: Callable[[], nn.Module]
     input_shapes: Mapping[str, tuple[int, ...]]
     stateful: bool = False
+    strided: bool = False
 
     def instance(
         self, precision: Precision, device: torch.device | str = "cpu", seed: int = 0
@@ -124,9 +126,15 @@ class Case:
         generator = torch.Generator().manual_seed(seed)
         with torch.random.fork_rng(devices=[]):
             module = randomise(self.build(), generator)
-        inputs = {name: torch.randn(shape, generator=generator) for name, shape in self.input_shapes.items()}
+        draw = strided_randn if self.strided else torch.randn
+        inputs = {name: draw(shape, generator=generator) for name, shape in self.input_shapes.items()}
         module = module.to(precision.low).to(device, precision.dtype)
         return module, {k: v.to(precision.low).to(device, precision.dtype) for k, v in inputs.items()}
+
+
+def strided_randn(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Like ``torch.randn``, with the dimensions reversed in memory."""
+    return torch.randn(tuple(reversed(shape)), generator=generator).permute(*reversed(range(len(shape))))
 
 
 def in_double(module: nn.Module) -> nn.Module:
@@ -178,7 +186,9 @@ def op_cases(shapes: Sequence[StageShape] = ODD_SHAPES) -> list[Case]:
         ]
         if s.sr_ratio > 1:
             cases.append(Case("depthwise_reduce", s.name, partial(DepthwiseReduce, s), x))
-    return cases
+    return cases + [
+        replace(case, name=f"{case.name}, strided", strided=True) for case in cases if case.name == shapes[0].name
+    ]
 
 
 def model_cases() -> list[Case]:

@@ -101,7 +101,8 @@ def compare(
             return failed(
                 f"the exact result is not finite at {_index(~target.isfinite(), target)}: choose other inputs"
             )
-        return failed(f"not finite at {index}: {actual[index].item()}, exact {target[index].item():.6g}", math.inf)
+        values = f"{actual[index].item()}, exact {target[index].item():.6g}, plain PyTorch {plain[index].item():.6g}"
+        return failed(f"not finite at {index}: {values}", math.inf)
     own_error = own_distance.max().item()
     if not math.isfinite(own_error):
         return failed("plain PyTorch's own result is not finite in this dtype: choose smaller inputs")

@@ -1,0 +1,157 @@
+"""Measuring how long a call takes, alone or several side by side."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+Call = Callable[[], object]
+
+#: One sample holds as many calls as take this long, so that the clock's resolution does not count.
+_SAMPLE_SECONDS = 1e-3
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a call.
+
+    Attributes:
+        median, p20, p80: of the samples.
+        runs: calls measured.
+    """
+
+    median: float
+    p20: float
+    p80: float
+    runs: int
+
+
+def measure(fn: Call, *, seconds: float = 1.0, min_runs: int = 5, device: torch.device | str = "cpu") -> Timing:
+    """How long ``fn()`` takes; see :func:`measure_interleaved`."""
+    return measure_interleaved({"": fn}, seconds=seconds, min_runs=min_runs, device=device)[""]
+
+
+def measure_interleaved(
+    fns: Mapping[str, Call],
+    *,
+    seconds: float = 1.0,
+    min_runs: int = 5,
+    device: torch.device | str = "cpu",
+    cold_cache: bool = False,
+) -> dict[str, Timing]:
+    """How long each of several calls takes, in rounds that run every one once.
+
+    A machine that slows down, or a neighbour that wakes up, then slows all of them alike, and their ratios stay right.
+    The order turns by one each round, so that none always follows the same other.
+
+    Args:
+        fns: the calls by name. Each is run a few times first to warm up.
+        seconds: to spend on each, roughly.
+        min_runs: samples of each at least, however long they take.
+        device: a CUDA device is timed by events around each sample, starting from an idle device, so the time holds the
+            launching of kernels as a single call feels it; the CPU by ``time.perf_counter``.
+        cold_cache: on a CUDA device, overwrite the L2 cache before each call, and launch while the device is still busy
+            with that: the time of the kernels alone, from memory. Ignored on a CPU.
+
+    Returns:
+        The :class:`Timing` of each. Garbage collection is off while measuring.
+
+    Raises:
+        ValueError: if ``seconds`` or ``min_runs`` is not positive.
+    """
+    if seconds <= 0 or min_runs < 1:
+        raise ValueError(f"seconds and min_runs must be positive, got {seconds} and {min_runs}")
+    device = torch.device(device)
+    stopwatch: _Stopwatch = _EventStopwatch(device, cold_cache) if device.type == "cuda" else _ClockStopwatch()
+    calls = {name: 1 if cold_cache else _calls_per_sample(fn, stopwatch) for name, fn in fns.items()}
+    samples: dict[str, list[float]] = {name: [] for name in fns}
+    names = list(fns)
+    with _no_gc():
+        deadline = time.perf_counter() + seconds * len(fns)
+        while len(samples[names[0]]) < min_runs or time.perf_counter() < deadline:
+            for name in names:
+                samples[name].append(stopwatch.time(fns[name], calls[name]))
+            names.append(names.pop(0))
+    return {name: _summary(samples[name], calls[name]) for name in fns}
+
+
+class _Stopwatch:
+    def time(self, fn: Call, calls: int) -> float:
+        """Seconds a call, over ``calls`` of them in a row."""
+        raise NotImplementedError
+
+
+class _ClockStopwatch(_Stopwatch):
+    def time(self, fn: Call, calls: int) -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            fn()
+        return (time.perf_counter() - start) / calls
+
+
+class _EventStopwatch(_Stopwatch):
+    def __init__(self, device: torch.device, cold_cache: bool) -> None:
+        self.device = device
+        self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        self.flush = torch.zeros(max(4 * cache, 1 << 28), dtype=torch.int8, device=device) if cold_cache else None
+
+    def time(self, fn: Call, calls: int) -> float:
+        start, end = self.events
+        torch.cuda.synchronize(self.device)
+        if self.flush is not None:
+            self.flush.zero_()
+        start.record()
+        for _ in range(calls):
+            fn()
+        end.record()
+        torch.cuda.synchronize(self.device)
+        return start.elapsed_time(end) * 1e-3 / calls
+
+
+def _calls_per_sample(fn: Call, stopwatch: _Stopwatch) -> int:
+    """Warm up, and count the calls that fill a sample."""
+    fn()  # compiles, allocates, chooses algorithms
+    once = min(stopwatch.time(fn, 1) for _ in range(2))
+    return max(1, round(_SAMPLE_SECONDS / max(once, 1e-7)))
+
+
+def _summary(samples: list[float], calls: int) -> Timing:
+    if len(samples) == 1:
+        return Timing(samples[0], samples[0], samples[0], calls)
+    fifths = statistics.quantiles(samples, n=5, method="inclusive")
+    return Timing(statistics.median(samples), fifths[0], fifths[3], len(samples) * calls)
+
+
+@contextlib.contextmanager
+def _no_gc() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def peak_memory(fn: Call, device: torch.device | str) -> int | None:
+    """Bytes that ``fn()`` allocates at its peak on a CUDA device, beyond what is allocated before; None on a CPU.
+
+    (The resident size of a CPU process says little about one call.)
+    """
+    device = torch.device(device)
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    fn()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
