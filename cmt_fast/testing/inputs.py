@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from cmt_fast.models.cmt import CMT
 from cmt_fast.modules import IRFFN, LMHSA
 from cmt_fast.testing.precision import Precision
 from cmt_fast.testing.shapes import ODD_SHAPES, QUICK_SHAPES, SMALL_MODELS, StageShape
+
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class DepthwiseConv3x3(nn.Module):
@@ -137,7 +141,7 @@ def strided_randn(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     return torch.randn(tuple(reversed(shape)), generator=generator).permute(*reversed(range(len(shape))))
 
 
-def in_double(module: nn.Module) -> nn.Module:
+def in_double(module: M) -> M:
     """A float64 copy: the same numbers, exact arithmetic."""
     return copy.deepcopy(module).double()
 

@@ -67,6 +67,8 @@ def measure_interleaved(
     """
     if seconds <= 0 or min_runs < 1:
         raise ValueError(f"seconds and min_runs must be positive, got {seconds} and {min_runs}")
+    if not fns:
+        return {}
     device = torch.device(device)
     stopwatch: _Stopwatch = _EventStopwatch(device, cold_cache) if device.type == "cuda" else _ClockStopwatch()
     calls = {name: 1 if cold_cache else _calls_per_sample(fn, stopwatch) for name, fn in fns.items()}

@@ -1,0 +1,246 @@
+"""Timing whole models against the original's operation order: only what computes the right numbers gets a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cmt_fast.backend import machine_reasons, use_backend
+from cmt_fast.models.cmt import CMT
+from cmt_fast.models.variants import VARIANTS
+from cmt_fast.testing.inputs import in_double
+from cmt_fast.testing.original_order import OriginalOrder
+from cmt_fast.testing.precision import Precision, one_of, precision
+from cmt_fast.testing.timing import Timing, measure_interleaved, peak_memory
+from cmt_fast.testing.tolerance import compare
+
+#: What can be measured, and what each name runs.
+PROVIDERS = {
+    "original": "the original's operation order in plain PyTorch, eager: the baseline",
+    "reference": "cmt_fast on its reference backend, eager",
+    "auto": "cmt_fast on the best backend that can run, eager",
+    "compile": "torch.compile of cmt_fast",
+    "original-compile": "torch.compile of the original's operation order",
+}
+BASELINE = "original"
+DTYPES = ("float32", "bfloat16", "autocast-bfloat16", "float16", "autocast-float16")
+MODES = ("inference", "training")
+
+#: Images that the correctness gate looks at: a float64 run of a large batch would take longer than the measurement.
+GATE_IMAGES = 4
+
+#: Called with the number of steps done, their total, and the next step.
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement.
+
+    Attributes:
+        model, provider, batch, dtype, mode, img_size: what ran.
+        median_ms, p20_ms, p80_ms: milliseconds a batch; None where nothing was measured, and ``note`` says why.
+        images_per_s: batch over median.
+        ratio: the baseline's median over this one's, above 1 where this is faster; None where one of them is missing.
+        peak_mib: memory that a call allocates at its peak on a GPU, in MiB; None on a CPU.
+        note: why there is no number.
+    """
+
+    model: str
+    provider: str
+    batch: int
+    dtype: str
+    mode: str
+    img_size: int
+    median_ms: float | None = None
+    p20_ms: float | None = None
+    p80_ms: float | None = None
+    images_per_s: float | None = None
+    ratio: float | None = None
+    peak_mib: float | None = None
+    note: str = ""
+
+
+def bench(
+    models: Sequence[str] = ("cmt_s",),
+    providers: Sequence[str] | None = None,
+    batches: Sequence[int] = (1,),
+    dtypes: Sequence[str] = ("float32",),
+    device: torch.device | str = "cpu",
+    mode: str = "inference",
+    img_size: int | None = None,
+    seconds: float = 2.0,
+    progress: Progress | None = None,
+    *,
+    on_rows: Callable[[list[Row]], None] | None = None,
+) -> list[Row]:
+    """Time providers side by side, in turns, on the same weights and images.
+
+    Before anything is timed, the output of each (in training, gradients too) is compared with a float64 run of the baseline
+    by the tolerance policy. One that fails or cannot run gets a row without a number.
+
+    Args:
+        models: names of published variants.
+        providers: among :data:`PROVIDERS`, by default :func:`default_providers`.
+        batches: batch sizes.
+        dtypes: among :data:`DTYPES`.
+        device: where to run.
+        mode: ``inference`` (evaluation mode, no gradients) or ``training`` (forward, backward, gradients reset).
+        img_size: side in pixels; by default each variant's published resolution.
+        seconds: to spend on each measurement, roughly.
+        progress: see :data:`Progress`.
+        on_rows: called with the rows of each model, dtype and batch as soon as they are measured.
+
+    Returns:
+        A :class:`Row` for every combination.
+
+    Raises:
+        ValueError: on an unknown name or a batch that is not positive; the message lists what is valid.
+    """
+    device = torch.device(device)
+    models = [one_of("model", name, VARIANTS) for name in models]
+    providers = [one_of("provider", name, PROVIDERS) for name in providers or default_providers()]
+    precisions = [precision(one_of("dtype", name, DTYPES)) for name in dtypes]
+    one_of("mode", mode, MODES)
+    if not batches or min(batches) < 1:
+        raise ValueError(f"batch must be at least 1, got {', '.join(map(str, batches))}")
+    if seconds <= 0:
+        raise ValueError(f"seconds must be positive, got {seconds}")
+
+    settings = [(name, p, batch) for name in models for p in precisions for batch in batches]
+    done, total = 0, len(settings) * (len(providers) + 1)
+    rows: list[Row] = []
+    for name, p, batch in settings:
+        size = img_size or VARIANTS[name].resolution
+        subject = _Subject(name, size, batch, p, device, mode)
+        entries: list[_Entry] = []
+        for provider in providers:
+            if progress is not None:
+                progress(done, total, f"checking {provider}: {subject}")
+            entries.append(subject.check(provider))
+            done += 1
+        if progress is not None:
+            progress(done, total, f"timing {subject}")
+        timings = measure_interleaved(
+            {entry.provider: entry.call for entry in entries if not entry.note}, seconds=seconds, device=device
+        )
+        done += 1
+        new = [subject.row(entry, timings) for entry in entries]
+        rows += new
+        if on_rows is not None:
+            on_rows(new)
+    if progress is not None:
+        progress(total, total, "done")
+    return rows
+
+
+def default_providers() -> list[str]:
+    """The baseline, ``reference``, and ``auto`` where a faster backend can run, so that it is not the same thing twice."""
+    fused = [backend for backend in ("triton", "native") if not machine_reasons(backend)]
+    return [BASELINE, "reference", *(["auto"] if fused else [])]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A provider that has been checked: what to time, or why not."""
+
+    provider: str
+    call: Callable[[], object]
+    peak: int | None = None
+    note: str = ""
+
+
+class _Subject:
+    """One model, batch, dtype and mode: makes the providers, judges them, and writes their rows."""
+
+    def __init__(self, name: str, size: int, batch: int, p: Precision, device: torch.device, mode: str) -> None:
+        self.name, self.size, self.p, self.device, self.training = name, size, p, device, mode == "training"
+        generator = torch.Generator().manual_seed(0)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            # without dropout, so that outputs can be compared
+            model = CMT(**{**VARIANTS[name].config, "dp": 0.0}, img_size=size)
+        self.model = model.to(p.low).to(device, p.dtype).train(self.training)
+        images = torch.randn(batch, 3, size, size, generator=generator)
+        self.images = images.to(p.low).to(device, p.dtype)
+        self.grad = torch.randn(batch, model.num_classes, generator=generator).to(p.low).to(device)
+        gate = self.images[:GATE_IMAGES]
+        self.exact = self._results(OriginalOrder(in_double(self.model)), gate.double(), "reference", autocast=False)
+        self.plain = self._results(OriginalOrder(self.model), gate, "reference")
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.size} batch {self.images.shape[0]} {self.p.name}"
+
+    def check(self, provider: str) -> _Entry:
+        """Run a provider, compare it, and measure its memory."""
+        module: nn.Module = OriginalOrder(self.model) if provider.startswith("original") else self.model
+        if provider.endswith("compile"):
+            torch._dynamo.reset()  # models share code objects, and recompiling has a limit
+            module = torch.compile(module, dynamic=False)  # type: ignore[assignment]
+        backend = "auto" if provider in ("auto", "compile") else "reference"
+
+        def call() -> None:
+            self._step(module, self.images, backend)
+            if self.training:
+                self.model.zero_grad(set_to_none=True)
+
+        try:
+            if red := self._wrong(self._results(module, self.images[:GATE_IMAGES], backend)):
+                return _Entry(provider, call, note=f"wrong: {red}")
+            call()
+            return _Entry(provider, call, peak_memory(call, self.device))
+        except Exception as error:
+            self.model.zero_grad(set_to_none=True)
+            return _Entry(provider, call, note=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
+
+    def row(self, entry: _Entry, timings: dict[str, Timing]) -> Row:
+        batch = self.images.shape[0]
+        mode = "training" if self.training else "inference"
+        row = (self.name, entry.provider, batch, self.p.name, mode, self.size)
+        if entry.note:
+            return Row(*row, note=entry.note)
+        t, base = timings[entry.provider], timings.get(BASELINE)
+        return Row(
+            *row,
+            median_ms=t.median * 1e3,
+            p20_ms=t.p20 * 1e3,
+            p80_ms=t.p80 * 1e3,
+            images_per_s=batch / t.median,
+            ratio=base.median / t.median if base else None,
+            peak_mib=None if entry.peak is None else entry.peak / 2**20,
+        )
+
+    def _step(self, module: nn.Module, images: Tensor, backend: str, autocast: bool = True) -> Tensor:
+        """One forward pass, in training also the backward pass. The same for the gate and the clock."""
+        p = self.p if autocast else Precision("exact", torch.float64)
+        with use_backend(backend):
+            if not self.training:
+                with torch.inference_mode(), p.context(self.device):
+                    return module(images)
+            with p.context(self.device):
+                output = module(images)
+            output.backward(self.grad[: len(images)].to(output))
+            return output
+
+    def _results(self, module: nn.Module, images: Tensor, backend: str, autocast: bool = True) -> dict[str, Tensor]:
+        """Output, and gradients that the whole backward pass leads to."""
+        results = {"output": self._step(module, images, backend, autocast)}
+        if self.training:
+            for name, parameter in module.named_parameters():
+                name = name.removeprefix("_orig_mod.").removeprefix("model.")
+                if name.startswith("relative_pos_") or name == "stem_conv1.weight":
+                    assert parameter.grad is not None
+                    results[f"grad {name}"] = parameter.grad
+            module.zero_grad(set_to_none=True)
+        return results
+
+    def _wrong(self, actual: dict[str, Tensor]) -> str | None:
+        for name, exact in self.exact.items():
+            backward = name.startswith("grad ")
+            result = compare(name, actual[name], exact, self.plain[name], backward=backward, dtype=self.p.low)
+            if not result.passed:
+                return str(result)
+        return None
