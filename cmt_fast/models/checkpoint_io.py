@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import uuid
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -167,9 +168,7 @@ def _read_torch(path: Path, start: bytes, mmap: bool) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             # Only the zip format of torch >= 1.6 can be mapped.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and start.startswith(b"PK"))
-    except OSError:
-        raise
-    except Exception as error:  # a pickle that is none fails in any way
+    except Exception as error:  # what is no pickle, or half of one, fails in any way
         refused = _refused_globals(path, error)
         if refused:
             raise CheckpointError(
@@ -244,7 +243,7 @@ def check_plain(value: Any, name: str) -> None:
     if type(value) in (list, tuple, set):
         for i, item in enumerate(value):
             check_plain(item, f"{name}[{i}]")
-    elif isinstance(value, Mapping) and type(value).__module__ in ("builtins", "collections"):
+    elif type(value) in (dict, OrderedDict, Counter):
         for k, item in value.items():
             check_plain(k, f"a key of {name}")
             check_plain(item, f"{name}[{k!r}]")

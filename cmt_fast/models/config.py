@@ -24,6 +24,7 @@ def read_config(model: Any, *, any_norm: bool = False) -> dict[str, Any]:
             default ones (``norm_layer`` is code, not data).
         AttributeError: if ``model`` does not have the layout at all.
     """
+    stem = model.stem_conv1
     missing = [stage for stage in STAGES if not hasattr(model, f"blocks_{stage}")]
     if missing or isinstance(model._fc, nn.Identity):
         gone = f"stages {', '.join(missing)}" if missing else "the head"
@@ -38,10 +39,10 @@ def read_config(model: Any, *, any_norm: bool = False) -> dict[str, Any]:
         )
     return {
         "img_size": _img_size(model),
-        "in_chans": model.stem_conv1.in_channels,
+        "in_chans": stem.in_channels,
         "num_classes": getattr(model.head, "out_features", 0),
         "embed_dims": dims,
-        "stem_channel": model.stem_conv1.out_channels,
+        "stem_channel": stem.out_channels,
         "fc_dim": model._fc.out_channels,
         "num_heads": [block.attn.num_heads for block in first],
         "mlp_ratios": [_ratio(dim, block.mlp.proj.in_channels) for dim, block in zip(dims, first)],
