@@ -1,0 +1,1 @@
+"""Images in, tensors out: reading, preprocessing and the built-in data set."""
