@@ -6,6 +6,8 @@ from torch import Tensor
 
 from cmt_fast.backend import select
 from cmt_fast.ops.checks import check_map, check_same, check_vector, shape_of
+from cmt_fast.ops.depthwise.autograd import DepthwiseConv3x3Function
+from cmt_fast.ops.depthwise.native import native_reasons
 from cmt_fast.ops.depthwise.reference import depthwise_conv3x3_reference, depthwise_reduce_reference
 
 
@@ -25,7 +27,8 @@ def depthwise_conv3x3(
         backend: see :func:`cmt_fast.use_backend`; None takes the process-wide setting.
 
     Returns:
-        (B, H, W, C) in the dtype of a convolution of the inputs.
+        (B, H, W, C) in the dtype of a convolution of the inputs. The native backend differentiates once; second
+        derivatives need ``backend="reference"``.
 
     Raises:
         ValueError, TypeError: on a wrong shape, dtype or device.
@@ -35,7 +38,9 @@ def depthwise_conv3x3(
     _check_filter(x, weight, bias)
     if tuple(weight.shape[2:]) != (3, 3):
         raise ValueError(f"weight must have shape ({x.shape[-1]}, 1, 3, 3), got {shape_of(weight)}")
-    select("depthwise_conv3x3", {}, backend, device=x.device)
+    candidates = {"native": lambda: native_reasons(x, weight, bias)}
+    if select("depthwise_conv3x3", candidates, backend, device=x.device) == "native":
+        return DepthwiseConv3x3Function.apply(x, weight, bias, shortcut)
     return depthwise_conv3x3_reference(x, weight, bias, shortcut)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from cmt_fast.backend import select
-from cmt_fast.ops.checks import check_map
+from cmt_fast.ops.checks import check_map, not_plain
+from cmt_fast.ops.depthwise.autograd import DepthwiseConv3x3Function
+from cmt_fast.ops.depthwise.native import native_reasons
 from cmt_fast.ops.lpu.reference import lpu_reference
 
 
@@ -18,12 +20,27 @@ def lpu(x: Tensor, conv: nn.Module, *, backend: str | None = None) -> Tensor:
         backend: see :func:`cmt_fast.use_backend`.
 
     Returns:
-        (B, H, W, C).
+        (B, H, W, C). The native backend differentiates once; second derivatives need ``backend="reference"``.
 
     Raises:
         ValueError, TypeError: on a wrong shape or dtype of ``x``.
         BackendError: if ``backend`` names one that cannot run this call.
     """
     check_map(x)
-    select("lpu", {}, backend, device=x.device)
+    if select("lpu", {"native": lambda: _native_reasons(x, conv)}, backend, device=x.device) == "native":
+        return DepthwiseConv3x3Function.apply(x, conv.weight, conv.bias, True)
     return lpu_reference(x, conv)
+
+
+def _native_reasons(x: Tensor, conv: nn.Module) -> list[str]:
+    reasons = not_plain("conv", conv, nn.Conv2d)
+    if not isinstance(conv, nn.Conv2d):
+        return reasons
+    channels = x.shape[-1]
+    if (
+        tuple(conv.weight.shape) != (channels, 1, 3, 3)
+        or (conv.stride, conv.padding, conv.dilation) != ((1, 1), (1, 1), (1, 1))
+        or conv.padding_mode != "zeros"
+    ):
+        reasons.append(f"conv must be Conv2d({channels}, {channels}, 3, padding=1, groups={channels}), got {conv}")
+    return reasons + native_reasons(x, conv.weight, conv.bias)
