@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from cmt_fast.ops.attention.reference import reduced_kv_attention_reference
@@ -36,6 +37,11 @@ def lmhsa_reference(
     y = x if norm is None else norm(x)
     tokens = y.flatten(1, 2)  # (B, N, C)
     reduced = tokens if reduction is None else nhwc(reduction(nchw(y))).flatten(1, 2)  # (B, M, C)
+    # One column would broadcast silently. Not asked of symbolic sizes: an exported graph serves every size.
+    if not torch.compiler.is_compiling() and relative_pos.shape[2] != reduced.shape[1]:
+        raise ValueError(
+            f"relative_pos must have one column for each of the {reduced.shape[1]} keys, got {tuple(relative_pos.shape)}"
+        )
     out = reduced_kv_attention_reference(
         heads(q(tokens)), heads(k(reduced)), heads(v(reduced)), relative_pos, scale, attn_drop
     )
