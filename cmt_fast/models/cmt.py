@@ -232,7 +232,7 @@ class CMT(nn.Module):
         """Make ``img_size`` the model's own: its position bias tables are resized once, into new parameters."""
         size = image_size(img_size)
         for stage, old, new in zip(self.stages, self._own_grids(), stage_grids(size, self.sr_ratios)):
-            table = resize_relative_pos(self.get_parameter(f"relative_pos_{stage}"), *old, *new)
+            table = resize_relative_pos(self._part("relative_pos", stage), *old, *new)
             self.register_parameter(f"relative_pos_{stage}", nn.Parameter(table.clone()))
             self._part("patch_embed", stage).grid_size = new.query
         self.img_size = size
@@ -247,7 +247,7 @@ class CMT(nn.Module):
 
     def forward_stage(self, stage: str, x: Tensor, grid: StageGrid, own: StageGrid) -> Tensor:
         """Patch embedding and blocks of one stage. (B, C, H, W) -> (B, C', H / 2, W / 2), channels_last in memory."""
-        table = self.get_parameter(f"relative_pos_{stage}")
+        table = self._part("relative_pos", stage)
         bias = resize_relative_pos(table, *own, *grid)
         x, (h, w) = self._part("patch_embed", stage)(x)
         for block in self._part("blocks", stage):
@@ -340,7 +340,7 @@ class CMT(nn.Module):
     # ---- inside ------------------------------------------------------------------------------------------------------
 
     def _part(self, name: str, stage: str) -> Any:
-        return self.get_submodule(f"{name}_{stage}")
+        return getattr(self, f"{name}_{stage}")
 
     def _own_grids(self) -> list[StageGrid]:
         return stage_grids(self.img_size, self.sr_ratios)
@@ -403,26 +403,22 @@ def _init_weights(module: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def _frozen_statistics(block: nn.Module) -> Iterator[None]:
-    """Let BatchNorm use batch statistics without updating its running ones."""
-    norms = [m for m in block.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    for norm in norms:
-        norm.track_running_stats = False
+def _scratch_statistics(block: nn.Module) -> Iterator[None]:
+    """Let the BatchNorms of ``block`` update copies of their running statistics, which are thrown away."""
+    norms = [m for m in block.modules() if isinstance(m, _BatchNorm)]
+    kept = [dict(norm._buffers) for norm in norms]
+    for norm, buffers in zip(norms, kept):
+        norm._buffers.update({name: None if b is None else b.clone() for name, b in buffers.items()})
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, buffers in zip(norms, kept):
+            norm._buffers.update(buffers)
 
 
 def _checkpointed(block: nn.Module, x: Tensor, h: int, w: int, bias: Tensor) -> Tensor:
     """Run ``block`` without storing activations; its recomputation must not update the BatchNorm statistics again."""
-    return checkpoint(
-        block,
-        x,
-        h,
-        w,
-        bias,
-        use_reentrant=False,
-        context_fn=lambda: (contextlib.nullcontext(), _frozen_statistics(block)),
-    )
+    if torch.compiler.is_compiling():  # the compiler moves updates out of the recomputed region by itself
+        return checkpoint(block, x, h, w, bias, use_reentrant=False)
+    contexts = (contextlib.nullcontext(), _scratch_statistics(block))
+    return checkpoint(block, x, h, w, bias, use_reentrant=False, context_fn=lambda: contexts)

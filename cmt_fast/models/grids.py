@@ -29,10 +29,10 @@ def image_size(size: int | Sequence[int]) -> Grid:
     Raises:
         ValueError: if it is neither an integer nor two of them, or not positive.
     """
-    pair = (size, size) if isinstance(size, int) else tuple(size)
-    if len(pair) != 2 or not all(isinstance(s, int) and s > 0 for s in pair):
+    pair = tuple(size) if isinstance(size, Sequence) else (size, size)
+    if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
         raise ValueError(f"img_size must be a positive integer or (height, width), got {size!r}")
-    return pair
+    return pair[0], pair[1]
 
 
 def stage_grids(img_size: Grid, sr_ratios: Sequence[int]) -> list[StageGrid]:

@@ -35,15 +35,24 @@ def resize_relative_pos(
         raise ValueError(
             f"bias must have shape (h, {hq * wq}, {hk * wk}) for query grid {query_grid} and key grid {key_grid}, got {shape_of(bias)}"
         )
-    if query_grid == new_query_grid and key_grid == new_key_grid:
+    same_queries, same_keys = _same(query_grid, new_query_grid), _same(key_grid, new_key_grid)
+    if same_queries and same_keys:
         return bias
     dtype = bias.dtype
     if dtype.itemsize < 4:  # interpolation weights in 16 bit would cost accuracy for no speed
         bias = bias.float()
-    if query_grid != new_query_grid:
+    if not same_queries:
         grid = bias.transpose(1, 2).unflatten(2, query_grid)  # (h, M, Hq, Wq)
         bias = F.interpolate(grid, new_query_grid, mode="bicubic").flatten(2).transpose(1, 2)  # (h, N', M)
-    if key_grid != new_key_grid:
+    if not same_keys:
         grid = bias.unflatten(2, key_grid)  # (h, N', Hk, Wk)
         bias = F.interpolate(grid, new_key_grid, mode="bicubic").flatten(2)  # (h, N', M')
     return bias.to(dtype)
+
+
+def _same(grid: Grid, other: Grid) -> bool:
+    """Whether two grids are equal; a grid that is symbolic while tracing counts as different, so that one graph serves
+    every size (resizing to the same size is the identity)."""
+    if all(isinstance(side, int) for side in other):
+        return grid == other
+    return False
