@@ -251,9 +251,9 @@ def _likely_cause(model: CMT, state: dict[str, Any], targets: dict[str, Tensor],
         return (
             "No name is one of a CMT's: are these weights of another network, or is key= the wrong entry of the file?"
         )
-    theirs, ours = _layout(state), _layout(targets)
+    theirs, ours = layout_of(state), layout_of(targets)
     if theirs != ours:
-        return f"Likely cause: these are weights of {_describe(theirs)}, the model is {_describe(ours)}."
+        return f"Likely cause: these are weights of {describe_layout(theirs)}, the model is {describe_layout(ours)}."
     if len(different) == 1 and different[0].startswith(_ANCHOR):
         return (
             f"Likely cause: the model has in_chans={model.in_chans}; adapt_in_chans=True adapts the first convolution."
@@ -261,7 +261,7 @@ def _likely_cause(model: CMT, state: dict[str, Any], targets: dict[str, Tensor],
     return "Likely cause: the model was built with other arguments, or the file is not of a complete CMT."
 
 
-def _layout(state: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def layout_of(state: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(embed_dims, depths) as the names and shapes tell; 0 for what is not there."""
     dims, depths = [], []
     for stage in STAGES:
@@ -271,7 +271,8 @@ def _layout(state: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]
     return tuple(dims), tuple(depths)
 
 
-def _describe(layout: tuple[tuple[int, ...], tuple[int, ...]]) -> str:
+def describe_layout(layout: tuple[tuple[int, ...], tuple[int, ...]]) -> str:
+    """What a layout is called: ``a cmt_s``, or its widths and depths."""
     for name, variant in VARIANTS.items():
         if (variant.config["embed_dims"], variant.config["depths"]) == layout:
             return f"a {name}"
