@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 
 
 class SyncBatchNorm(nn.BatchNorm2d):
@@ -21,6 +20,8 @@ class SyncBatchNorm(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         if not (self.training and dist.is_initialized()):
             return super().forward(input)
+        from torch.distributed.nn.functional import all_reduce  # importing it generates and loads a module
+
         self._check_input_dim(input)
         group = self.process_group if self.process_group is not None else dist.group.WORLD
         x = input if input.dtype == torch.float64 else input.float()
