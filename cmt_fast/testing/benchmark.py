@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cmt_fast.backend import machine_reasons, use_backend
+from cmt_fast.backend import BACKENDS, machine_reasons, use_backend
 from cmt_fast.models.cmt import CMT
 from cmt_fast.models.variants import VARIANTS
 from cmt_fast.testing.inputs import in_double
@@ -139,7 +139,7 @@ def bench(
 
 def default_providers() -> list[str]:
     """The baseline, ``reference``, and ``auto`` where a faster backend can run, so that it is not the same thing twice."""
-    fused = [backend for backend in ("triton", "native") if not machine_reasons(backend)]
+    fused = [backend for backend in BACKENDS[:-1] if not machine_reasons(backend)]
     return [BASELINE, "reference", *(["auto"] if fused else [])]
 
 

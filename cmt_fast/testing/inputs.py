@@ -22,7 +22,6 @@ from cmt_fast.modules import IRFFN, LMHSA
 from cmt_fast.testing.precision import Precision
 from cmt_fast.testing.shapes import ODD_SHAPES, QUICK_SHAPES, SMALL_MODELS, StageShape
 
-
 M = TypeVar("M", bound=nn.Module)
 
 

@@ -79,7 +79,7 @@ def verify(
     equal the original's operation order, which shares no code with the operations, to one rounding unit of float32.
 
     Args:
-        backends: names, by default all; also ``"auto"``.
+        backends: names, by default :func:`default_backends`.
         ops: among :data:`OPS`, by default all.
         dtypes: among :data:`DTYPES`, by default all.
         device: where to run.
@@ -94,9 +94,9 @@ def verify(
         ValueError: on an unknown backend, op or dtype; the message lists the valid ones.
     """
     device = torch.device(device)
-    backends = [one_of("backend", name, ("auto", *BACKENDS)) for name in (BACKENDS if backends is None else backends)]
-    ops = [one_of("op", name, OPS) for name in (OPS if ops is None else ops)]
-    precisions = [precision(one_of("dtype", name, DTYPES)) for name in (DTYPES if dtypes is None else dtypes)]
+    backends = [one_of("backend", name, ("auto", *BACKENDS)) for name in backends or default_backends()]
+    ops = [one_of("op", name, OPS) for name in ops or OPS]
+    precisions = [precision(one_of("dtype", name, DTYPES)) for name in dtypes or DTYPES]
 
     checks: list[Check] = []
     runs: list[tuple[Case, Precision, list[str]]] = []
@@ -124,6 +124,12 @@ def verify(
     if progress is not None:
         progress(len(runs), len(runs), "done")
     return checks
+
+
+def default_backends() -> list[str]:
+    """All of them, and ``auto`` where it can mix a faster one with the reference."""
+    fused = [backend for backend in BACKENDS[:-1] if not machine_reasons(backend)]
+    return [*BACKENDS, *(["auto"] if fused else [])]
 
 
 def _reasons(backend: str, p: Precision, device: torch.device) -> list[str]:
@@ -156,7 +162,8 @@ def _verify_case(
                 with poisoned_empty():
                     actual = run(module, inputs, p, backend=backend)
             except BackendError as error:
-                checks.append(_not_run(case.op, backend, p, name, str(error), passed=None))
+                reason = str(error).partition(". Use backend=")[0]
+                checks.append(_not_run(case.op, backend, p, name, reason, passed=None))
             except Exception as error:
                 detail = f"raised {type(error).__name__}: {_first_line(error)}"
                 checks.append(_not_run(case.op, backend, p, name, detail, passed=False))

@@ -1,0 +1,39 @@
+"""What every test gets: a seed, poisoned memory, its own backend setting; and GPU tests that skip with a reason."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cmt_fast.backend import get_backend, set_backend
+from cmt_fast.testing.poison import poisoned_empty
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a CUDA device, and none is visible")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """Every test draws the same random numbers, whatever ran before it."""
+    torch.manual_seed(0)
+    return 0
+
+
+@pytest.fixture(autouse=True)
+def poison():
+    """Memory that cmt_fast allocates and does not write is NaN."""
+    with poisoned_empty():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def backend_setting():
+    """A test that sets the backend does not change it for others."""
+    before = get_backend()
+    yield
+    set_backend(before)

@@ -1,0 +1,59 @@
+"""Only what is right is timed, and ratios are against the original's order."""
+
+import pytest
+
+from cmt_fast.modules import LMHSA
+from cmt_fast.testing.benchmark import MODES, bench
+
+# 64 pixels leave 2 x 2 maps: BatchNorm over the two values of a batch of 1 x 1 maps would magnify rounding without limit
+TINY = dict(models=["cmt_ti"], img_size=64, seconds=0.01)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_rows(mode):
+    seen = []
+    rows = bench(**TINY, providers=["original", "reference"], batches=[2], mode=mode, on_rows=seen.extend)
+    assert rows == seen
+    original, reference = rows
+    assert (original.provider, original.ratio) == ("original", 1.0)
+    assert reference.ratio == original.median_ms / reference.median_ms
+    assert reference.p20_ms <= reference.median_ms <= reference.p80_ms
+    assert reference.images_per_s == pytest.approx(2000 / reference.median_ms)
+    assert (reference.mode, reference.batch, reference.img_size, reference.note) == (mode, 2, 64, "")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "autocast-bfloat16"])
+def test_low_precision_passes_the_gate(dtype):
+    rows = bench(**TINY, providers=["reference"], dtypes=[dtype])
+    assert rows[0].median_ms is not None, rows[0].note
+    assert rows[0].ratio is None, "without a baseline there is no ratio"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_wrong_provider_gets_no_number(mode, monkeypatch):
+    forward = LMHSA.forward
+    monkeypatch.setattr(LMHSA, "forward", lambda self, x, *args, **kwargs: forward(self, x, *args, **kwargs) + 0.1 * x)
+    original, reference = bench(**TINY, providers=["original", "reference"], mode=mode)
+    assert original.median_ms is not None
+    assert reference.median_ms is None and reference.note.startswith("wrong: ")
+
+
+def test_a_wrong_gradient_alone_gets_no_number(monkeypatch):
+    forward = LMHSA.forward
+    monkeypatch.setattr(
+        LMHSA,
+        "forward",
+        lambda self, x, h, w, bias, **kwargs: forward(self, x, h, w, bias.detach() + 0 * bias, **kwargs),
+    )
+    _, reference = bench(**TINY, providers=["original", "reference"], mode="training", batches=[2])
+    assert reference.median_ms is None and "grad relative_pos_a" in reference.note
+
+
+def test_a_provider_that_raises_gets_no_number(monkeypatch):
+    def out_of_memory(self, *args, **kwargs):
+        raise RuntimeError("out of memory\nlong explanation")
+
+    monkeypatch.setattr(LMHSA, "forward", out_of_memory)
+    original, reference = bench(**TINY, providers=["original", "reference"])
+    assert original.median_ms is not None
+    assert reference.median_ms is None and reference.note == "RuntimeError: out of memory"
