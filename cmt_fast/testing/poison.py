@@ -27,6 +27,8 @@ def poisoned_empty() -> Iterator[None]:
     Fresh memory is often zero by luck, which hides an element that is never written. Calls from other packages are left
     alone, and so is code that is being compiled.
     """
+    with torch.device("cpu"):
+        torch.empty(0)  # at its first use a device context remembers which functions allocate: let it see the real ones
     originals = [getattr(owner, name) for owner, name in _PATCHED]
     for (owner, name), original in zip(_PATCHED, originals):
         setattr(owner, name, _poisoning(original))
