@@ -120,7 +120,7 @@ def verify(
         if progress is not None:
             progress(done, len(runs), f"{case.op} {p.name}: {case.name}")
         for training in (True, False) if case.stateful else (True,):
-            checks += _verify_case(case, p, able, device, training)
+            checks += verify_case(case, p, able, device, training)
     if progress is not None:
         progress(len(runs), len(runs), "done")
     return checks
@@ -144,9 +144,8 @@ def _not_run(op: str, backend: str, p: Precision, case: str, detail: str, passed
     return Check(op, backend, p.name, case, "call", math.nan, math.nan, math.nan, passed, detail)
 
 
-def _verify_case(
-    case: Case, p: Precision, backends: Sequence[str], device: torch.device, training: bool
-) -> list[Check]:
+def verify_case(case: Case, p: Precision, backends: Sequence[str], device: torch.device, training: bool) -> list[Check]:
+    """The checks of one case in one mode (training or evaluation) on several backends."""
     module, inputs = case.instance(p, device)
     module.train(training)
     name = f"{case.name}, {'train' if training else 'eval'}" if case.stateful else case.name

@@ -1,0 +1,69 @@
+"""Result files: benchmarks/results/<device>/<date>-<commit>.json, each with its machine and every row."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cmt_fast.testing.results import device_name, machine, write_json
+
+RESULTS = Path(__file__).parent / "results"
+
+
+class ResultFile:
+    """A file that is complete after every :meth:`add`: a run that is cut off keeps what it measured.
+
+    Args:
+        device: what is measured.
+        root: folder of all results.
+        what: kind of rows, part of the name; a second run of a kind on one day, commit and number of
+            threads adds to the first's file.
+    """
+
+    def __init__(self, device: torch.device | str, root: Path = RESULTS, what: str = "ops") -> None:
+        facts = machine(device)
+        commit = (facts["commit"] or "no-commit").replace("+", "-changed")
+        threads = "" if "gpu" in facts else f"-{facts['threads']}threads"
+        self.path = root / slug(device_name(facts)) / f"{facts['date'][:10]}-{commit}-{what}{threads}.json"
+        self.data: dict[str, Any] = {"machine": facts, "rows": []}
+        if self.path.exists():
+            self.data["rows"] = load(self.path)["rows"]
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Add a row, in place of an older one with the same key, and write the file."""
+        rows = [old for old in self.data["rows"] if key(old) != key(row)]
+        self.data["rows"] = [*rows, dict(row)]
+        write_json(self.path, self.data)
+
+
+#: What identifies a row; the rest of it is what was measured.
+KEY = ("op", "shape", "provider", "dtype", "mode")
+
+
+def key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(row.get(name) for name in KEY)
+
+
+def slug(name: str) -> str:
+    """A device's name as a folder's: ``NVIDIA H100 80GB HBM3`` becomes ``nvidia-h100-80gb-hbm3``."""
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-")
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a result file.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not a result file: {error}") from error
+    if not isinstance(data, dict) or not {"machine", "rows"} <= data.keys():
+        raise ValueError(f"{path} is not a result file: expected the keys machine and rows")
+    return data
