@@ -46,7 +46,7 @@ def info(
     target: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MODEL | FILE]", help=f"A model ({', '.join(VARIANTS)}) or a checkpoint file.", show_default=False
+            metavar="MODEL | FILE", help=f"A model ({', '.join(VARIANTS)}) or a checkpoint file.", show_default=False
         ),
     ] = None,
     img_size: Annotated[

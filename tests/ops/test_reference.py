@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 
-from cmt_fast import functional, use_backend
+from cmt_fast import CMT, functional, use_backend
 
 DOUBLE = dict(dtype=torch.float64)
 few = settings(max_examples=15, deadline=None)
@@ -587,6 +587,24 @@ def test_any_strides_of_inputs_and_gradients(call, shape):
     summed = dense.detach().clone().requires_grad_()
     call(summed).backward(torch.ones_like(wanted))
     close(constant.grad, summed.grad)
+
+
+def test_a_training_step_repeats_bit_for_bit():
+    """docs/determinism.md: the same seed and number of threads give the same bits, dropout included."""
+    config = dict(
+        img_size=64, num_classes=10, depths=(1, 1, 1, 1), drop_rate=0.1, attn_drop_rate=0.1, drop_path_rate=0.2
+    )
+
+    def step() -> list[Tensor]:
+        torch.manual_seed(3)
+        model = CMT(**config)
+        logits = model(torch.randn(4, 3, 80, 64))  # not its own size: the position bias is resized
+        logits.square().sum().backward()
+        return [logits, *(p.grad for p in model.parameters()), *model.buffers()]
+
+    first = step()
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(first, step()))
 
 
 # ---- errors ------------------------------------------------------------------------------------------------------------
