@@ -28,48 +28,42 @@ struct Row {
   ptrdiff_t step;
 };
 
-// Rows h - 1, h, h + 1 of the image that row number `row` lies in.
-template <typename T>
-CMT_FAST_INLINE void three_rows(Row<T> (&rows)[3], const T* map, const T* zeros, MapSize n, int64_t row, int64_t c) {
-  const int64_t h = row % n.height;
-  const T* here = map + row * n.width * n.channels + c;
-  for (int i = 0; i < 3; i++) {
-    const bool inside = h + i >= 1 && h + i <= n.height;
-    rows[i] = inside ? Row<T>{here + (i - 1) * n.width * n.channels, n.channels} : Row<T>{zeros + c, 0};
-  }
-}
-
-// Three columns of three rows that move along a row; columns beyond its ends are zero.
+// Three neighbouring pixels of a row, which move along it.
 template <typename T, int N>
-struct Window {
-  Vec<Acc<T>, N> left[3], middle[3], right[3];
+struct Triple {
+  Vec<Acc<T>, N> left, middle, right;
 
-  CMT_FAST_INLINE void start(const Row<T> (&rows)[3], int64_t width) {
-    for (int i = 0; i < 3; i++) {
-      left[i] = Vec<Acc<T>, N>{};
-      load<N>(middle[i], rows[i].data);
-    }
-    enter(rows, 1, width);
-  }
+  CMT_FAST_INLINE explicit Triple(Row<T> row) : left{}, right{} { load<N>(middle, row.data); }
 
-  CMT_FAST_INLINE void enter(const Row<T> (&rows)[3], int64_t column, int64_t width) {
-    for (int i = 0; i < 3; i++) {
-      if (column < width) {
-        load<N>(right[i], rows[i].data + column * rows[i].step);
-      } else {
-        right[i] = Vec<Acc<T>, N>{};
-      }
-    }
-  }
+  CMT_FAST_INLINE void enter(Row<T> row, int64_t column) { load<N>(right, row.data + column * row.step); }
 
-  CMT_FAST_INLINE void move(const Row<T> (&rows)[3], int64_t column, int64_t width) {
-    for (int i = 0; i < 3; i++) {
-      left[i] = middle[i];
-      middle[i] = right[i];
-    }
-    enter(rows, column, width);
+  CMT_FAST_INLINE void leave() {
+    left = middle;
+    middle = right;
   }
 };
+
+// Calls body(w, above, here, below) for each pixel of a row, with its 3x3 neighbours. What lies outside of the map is zero.
+template <int N, typename T, typename Body>
+CMT_FAST_INLINE void for_pixels(const T* map, const T* zeros, MapSize n, int64_t row, int64_t c, const Body& body) {
+  const int64_t h = row % n.height, stride = n.width * n.channels;
+  const T* data = map + row * stride + c;
+  const Row<T> outside{zeros + c, 0}, row1{data, n.channels};
+  const Row<T> row0 = h > 0 ? Row<T>{data - stride, n.channels} : outside;
+  const Row<T> row2 = h + 1 < n.height ? Row<T>{data + stride, n.channels} : outside;
+  Triple<T, N> above(row0), here(row1), below(row2);
+  for (int64_t w = 0; w + 1 < n.width; w++) {
+    above.enter(row0, w + 1);
+    here.enter(row1, w + 1);
+    below.enter(row2, w + 1);
+    body(w, above, here, below);
+    above.leave();
+    here.leave();
+    below.leave();
+  }
+  above.right = here.right = below.right = Vec<Acc<T>, N>{};
+  body(n.width - 1, above, here, below);
+}
 
 // Calls body(std::integral_constant<int, N>, c) for blocks [c, c + N) that cover [begin, end). The last block overlaps the one
 // before it instead of leaving a tail; the same values are computed twice. Ranges below one block take halves of it.
@@ -96,23 +90,16 @@ CMT_FAST_INLINE void depthwise_conv3x3_rows(const T* x, const Acc<T>* taps, cons
       V tap[9], b;
       for (int k = 0; k < 9; k++) load<N>(tap[k], taps + k * n.channels + c);
       load<N>(b, bias + c);
-      Row<T> rows[3];
-      three_rows(rows, x, zeros, n, row, c);
       T* out = y + row * n.width * n.channels + c;
-      Window<T, N> window;
-      window.start(rows, n.width);
-      for (int64_t w = 0; w < n.width; w++) {
-        V sum[3];  // one a row: shorter chains of dependent additions
-        for (int i = 0; i < 3; i++) {
-          sum[i] = tap[3 * i] * window.left[i];
-          sum[i] += tap[3 * i + 1] * window.middle[i];
-          sum[i] += tap[3 * i + 2] * window.right[i];
-        }
-        V total = (sum[0] + sum[1]) + (sum[2] + b);
-        if (shortcut) total += window.middle[1];
-        store<N>(out + w * n.channels, total);
-        window.move(rows, w + 2, n.width);
-      }
+      for_pixels<N>(x, zeros, n, row, c, [&](int64_t w, auto& above, auto& here, auto& below) CMT_FAST_LAMBDA_INLINE {
+        // three sums: shorter chains of dependent additions
+        V sum0 = tap[0] * above.left + tap[1] * above.middle + tap[2] * above.right;
+        V sum1 = tap[3] * here.left + tap[4] * here.middle + tap[5] * here.right;
+        V sum2 = tap[6] * below.left + tap[7] * below.middle + tap[8] * below.right;
+        V sum = (sum0 + sum1) + (sum2 + b);
+        if (shortcut) sum += here.middle;
+        store<N>(out + w * n.channels, sum);
+      });
     });
   }
 }
@@ -127,22 +114,21 @@ CMT_FAST_INLINE void depthwise_conv3x3_sums(const T* grad, const T* x, const T* 
     using V = Vec<A, N>;
     V sum[kSums] = {};
     for (int64_t row = begin; row < end; row++) {
-      Row<T> rows[3];
-      three_rows(rows, x, zeros, n, row, c);
       const T* g_row = grad + row * n.width * n.channels + c;
-      Window<T, N> window;
-      window.start(rows, n.width);
-      for (int64_t w = 0; w < n.width; w++) {
+      for_pixels<N>(x, zeros, n, row, c, [&](int64_t w, auto& above, auto& here, auto& below) CMT_FAST_LAMBDA_INLINE {
         V g;
         load<N>(g, g_row + w * n.channels);
-        for (int i = 0; i < 3; i++) {
-          sum[3 * i] += g * window.left[i];
-          sum[3 * i + 1] += g * window.middle[i];
-          sum[3 * i + 2] += g * window.right[i];
-        }
+        sum[0] += g * above.left;
+        sum[1] += g * above.middle;
+        sum[2] += g * above.right;
+        sum[3] += g * here.left;
+        sum[4] += g * here.middle;
+        sum[5] += g * here.right;
+        sum[6] += g * below.left;
+        sum[7] += g * below.middle;
+        sum[8] += g * below.right;
         sum[9] += g;
-        window.move(rows, w + 2, n.width);
-      }
+      });
     }
     for (int k = 0; k < kSums; k++) store<N>(sums + k * n.channels + c, sum[k]);
   });

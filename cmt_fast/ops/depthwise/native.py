@@ -31,11 +31,14 @@ def native_reasons(x: Tensor, weight: Tensor, bias: Tensor | None) -> list[str]:
 
 def _tracing_reasons() -> list[str]:
     """Reasons of what watches or transforms the call: it must see PyTorch's own operations."""
+    # The flag behind torch.compiler.is_exporting(), which torch.compile takes for always true before torch 2.13.
+    exporting = torch.compiler._is_exporting_flag
+    eager = not torch.compiler.is_compiling()  # torch.compile has a dispatch mode of its own while it traces
     reasons = []
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if exporting or torch.jit.is_tracing():
         reasons.append("the model is being exported, and must not depend on the compiled library")
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         reasons.append("a torch.func transform or forward-mode differentiation is active, which needs plain PyTorch")
-    if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0:
+    if eager and torch._C._len_torch_dispatch_stack() > 0:
         reasons.append("a torch dispatch mode is active (a FLOP counter, fake tensors), which must see plain PyTorch")
     return reasons
