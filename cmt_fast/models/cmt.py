@@ -395,7 +395,8 @@ def _init_weights(module: nn.Module) -> None:
     elif isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out")
     elif isinstance(module, (nn.LayerNorm, nn.BatchNorm2d)):
-        nn.init.ones_(module.weight)
+        if module.weight is not None:
+            nn.init.ones_(module.weight)
     else:
         return
     if module.bias is not None:

@@ -13,7 +13,7 @@ from cmt_fast.modules.lmhsa import LMHSA
 
 
 class Block(nn.Module):
-    """Y = LPU(X); Z = Y + drop_path(LMHSA(LN(Y))); out = Z + drop_path(IRFFN(LN(Z))) (paper section 3.3).
+    """Y = LPU(X); Z = Y + drop_path(LMHSA(LN(Y))); out = Z + drop_path(IRFFN(LN(Z))) (paper, "CMT block").
 
     Args:
         dim: channels C.

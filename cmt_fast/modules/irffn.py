@@ -9,7 +9,7 @@ from cmt_fast.modules.pointwise import PointwiseConv
 
 
 class IRFFN(nn.Module):
-    """Inverted residual feed-forward network (paper section 3.3); ``Mlp`` of the original.
+    """Inverted residual feed-forward network (paper, "IRFFN"); ``Mlp`` of the original.
 
     Args:
         in_features: channels C.

@@ -8,7 +8,7 @@ from cmt_fast import functional
 
 
 class LMHSA(nn.Module):
-    """Lightweight multi-head self-attention (paper section 3.2); ``Attention`` of the original.
+    """Lightweight multi-head self-attention (paper, "LMHSA"); ``Attention`` of the original.
 
     Args:
         dim: channels C.

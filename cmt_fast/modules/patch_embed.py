@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class PatchEmbed(nn.Module):
-    """2x2 convolution with stride 2, then LayerNorm (paper section 3.1).
+    """2x2 convolution with stride 2, then LayerNorm (paper, "patch aggregation").
 
     Args:
         grid_size: (H, W) of the output at the model's own ``img_size``, for the record; other sizes work.

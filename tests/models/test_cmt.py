@@ -231,3 +231,5 @@ def test_call_errors(call, message):
 def test_norm_layer():
     model = tiny(norm_layer=partial(nn.LayerNorm, eps=1e-3))
     assert model.blocks_a[0].norm1.eps == 1e-3 and model.patch_embed_a.norm.eps == 1e-5
+    bare = tiny(norm_layer=partial(nn.LayerNorm, elementwise_affine=False))
+    assert bare.blocks_a[0].norm1.weight is None and bare(torch.randn(2, 3, 64, 64)).shape == (2, 10)

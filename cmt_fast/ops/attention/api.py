@@ -22,7 +22,7 @@ def reduced_kv_attention(
     dropout_p: float = 0.0,
     backend: str | None = None,
 ) -> Tensor:
-    """``softmax(scale * q k^T + bias) v`` for few keys and a dense bias shared by the batch (paper section 3.2).
+    """``softmax(scale * q k^T + bias) v`` for few keys and a dense bias shared by the batch (paper, "LMHSA").
 
     Args:
         q: (B, h, N, d_qk) queries, any strides: ``linear(x).unflatten(-1, (h, d)).transpose(1, 2)`` needs no copy.

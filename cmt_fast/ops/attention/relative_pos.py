@@ -15,7 +15,7 @@ def resize_relative_pos(
 ) -> Tensor:
     """Resize a bias table separably and bicubically: first over the query grid, then over the key grid.
 
-    The paper transfers B to another size "through bicubic interpolation" (section 3.2). Both axes of B are flattened 2-D
+    The paper transfers B to another size "through bicubic interpolation". Both axes of B are flattened 2-D
     grids, so each is interpolated as the grid that it is; the result is linear in ``bias`` and differentiable.
 
     Args:

@@ -16,8 +16,8 @@ def depthwise_conv3x3(
 ) -> Tensor:
     """Depthwise 3x3 convolution of an NHWC map, stride 1, zero padding 1, with an optional shortcut.
 
-    ``y = conv(x) + bias`` or, with ``shortcut=True``, ``y = conv(x) + bias + x``: the LPU (paper section 3.1) and the
-    middle of the IRFFN (section 3.3).
+    ``y = conv(x) + bias`` or, with ``shortcut=True``, ``y = conv(x) + bias + x``: the LPU (paper, "LPU") and the
+    middle of the IRFFN.
 
     Args:
         x: (B, H, W, C), floating point, any strides.
@@ -45,7 +45,7 @@ def depthwise_conv3x3(
 
 
 def depthwise_reduce(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
-    """Depthwise k x k convolution with stride k: the reduction of keys and values (paper section 3.2).
+    """Depthwise k x k convolution with stride k: the reduction of keys and values (paper, "LMHSA").
 
     Args:
         x: (B, H, W, C), floating point, any strides. Rows and columns beyond a multiple of k are not read.

@@ -26,7 +26,7 @@ def irffn(
     shortcut: bool = True,
     backend: str | None = None,
 ) -> Tensor:
-    """Inverted residual feed-forward network, third sub-layer of a CMT block (paper section 3.3).
+    """Inverted residual feed-forward network, third sub-layer of a CMT block (paper, "IRFFN").
 
     ``h = bn1(gelu(expand(norm(x))))``; ``h = bn2(gelu(dw(h) + h))``; returns ``x + drop_path(bn3(project(h)))``.
 

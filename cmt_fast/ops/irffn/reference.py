@@ -24,7 +24,7 @@ def irffn_reference(
     drop_path: Callable[[Tensor], Tensor] | None,
     shortcut: bool,
 ) -> Tensor:
-    """X = Z + drop_path(IRFFN(LN(Z))) (paper section 3.3); x (B, H, W, C) -> (B, H, W, C).
+    """X = Z + drop_path(IRFFN(LN(Z))) (paper, "IRFFN"); x (B, H, W, C) -> (B, H, W, C).
 
     GELU comes before each BatchNorm, and the zero padding of ``dw`` after the first one.
     """

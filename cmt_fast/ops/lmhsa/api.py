@@ -29,7 +29,7 @@ def lmhsa(
     shortcut: bool = True,
     backend: str | None = None,
 ) -> Tensor:
-    """Lightweight multi-head self-attention, second sub-layer of a CMT block (paper section 3.2).
+    """Lightweight multi-head self-attention, second sub-layer of a CMT block (paper, "LMHSA").
 
     ``y = norm(x)``; queries from every token of ``y``, keys and values from ``reduction(y)``;
     ``z = proj(softmax(scale * q k^T + relative_pos) v)``; returns ``x + drop_path(z)``.

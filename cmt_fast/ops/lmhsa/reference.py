@@ -28,7 +28,7 @@ def lmhsa_reference(
     drop_path: Callable[[Tensor], Tensor] | None,
     shortcut: bool,
 ) -> Tensor:
-    """Z = Y + drop_path(LMHSA(LN(Y))) (paper section 3.2 and eq. of the block); x (B, H, W, C) -> (B, H, W, C)."""
+    """Z = Y + drop_path(LMHSA(LN(Y))) (paper, "LMHSA"); x (B, H, W, C) -> (B, H, W, C)."""
     height, width = x.shape[1:3]
 
     def heads(tokens: Tensor) -> Tensor:  # (B, n, h * d) -> (B, h, n, d)

@@ -12,7 +12,7 @@ from cmt_fast.ops.lpu.reference import lpu_reference
 
 
 def lpu(x: Tensor, conv: nn.Module, *, backend: str | None = None) -> Tensor:
-    """The local perception unit, first sub-layer of a CMT block: ``conv(x) + x`` (paper section 3.1).
+    """The local perception unit, first sub-layer of a CMT block: ``conv(x) + x`` (paper, "LPU").
 
     Args:
         x: (B, H, W, C), floating point.

@@ -8,5 +8,5 @@ from cmt_fast.ops.layout import nchw, nhwc
 
 
 def lpu_reference(x: Tensor, conv: nn.Module) -> Tensor:
-    """LPU(X) = DWConv(X) + X (paper section 3.1). x (B, H, W, C) -> (B, H, W, C)."""
+    """LPU(X) = DWConv(X) + X (paper, "LPU"). x (B, H, W, C) -> (B, H, W, C)."""
     return nhwc(conv(nchw(x))) + x
