@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from rich import box
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -269,7 +270,7 @@ def run(
 def table(results: Sequence[Prediction]) -> Table:
     """The classes of a few images, or the most likely class of each of many."""
     lines = len(results[0].top) if len(results) <= DETAILED else 1
-    shown = Table("image", "class", "probability", "", title="Predictions", title_justify="left")
+    shown = Table("image", "class", "probability", "", box=box.SIMPLE_HEAD)
     shown.columns[2].justify = "right"
     for result in results[:SHOWN_LINES]:
         for rank, (name, p) in enumerate(result.top[:lines]):

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from cmt_fast.cli.console import console, errors
+from cmt_fast.cli.program import command_line
 from cmt_fast.models.variants import VARIANTS
 from cmt_fast.training.config import SMALL_MODELS, TrainConfig
 from cmt_fast.training.history import Record
@@ -238,9 +239,8 @@ def train(
         raise typer.Exit(130) from None
     if progress.is_first:
         console.print(summary(config, outcome))
-        console.print(
-            f"predict with it: cmt-fast predict IMAGE --checkpoint {shlex.quote(str(outcome.best_checkpoint))}"
-        )
+        command = command_line("predict", "IMAGE", "--checkpoint", outcome.best_checkpoint)
+        console.print(f"predict with it: {command}", highlight=False, soft_wrap=True)
 
 
 def settings(given: dict[str, Any]) -> TrainConfig:
@@ -298,7 +298,7 @@ def how_to_resume(config: TrainConfig) -> str:
     last = Path(config.output) / LAST
     if not last.exists():
         return "no epoch was finished, so nothing was saved"
-    return f"every finished epoch is saved; go on with\n  cmt-fast train --resume {shlex.quote(str(last))}"
+    return f"every finished epoch is saved; go on with\n  {command_line('train', '--resume', last)}"
 
 
 class TrainingProgress(Observer):
@@ -370,7 +370,7 @@ class TrainingProgress(Observer):
 def summary(config: TrainConfig, outcome: Outcome) -> Table:
     """The table at the end of a run."""
     last, best = outcome.history[-1], outcome.best
-    table = Table(title="Result", title_justify="left", show_header=False)
+    table = Table(title="Result", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_header=False)
     table.add_row("accuracy on held-out images, last epoch", f"[bold]{100 * last['val_accuracy']:.2f} %[/]")
     table.add_row("best epoch", f"{100 * best['val_accuracy']:.2f} % (epoch {best['epoch']})")
     table.add_row("loss, training / held out", f"{last['train_loss']:.4f} / {last['val_loss']:.4f}")

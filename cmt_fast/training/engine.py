@@ -19,6 +19,10 @@ from cmt_fast.training.distributed import Processes
 LOOK_EVERY = 10
 
 
+class DivergedError(RuntimeError):
+    """The training loss is no longer finite."""
+
+
 @dataclass
 class Meter:
     """Running sums over images, kept on the device: loss, right answers, images."""
@@ -111,7 +115,7 @@ class Trainer:
             Loss and accuracy of the training mode. With mixup, the accuracy is nan: there is no one right class.
 
         Raises:
-            FloatingPointError: if the loss is no longer finite.
+            DivergedError: if the loss is no longer finite.
         """
         self.model.train()
         meter = Meter(self.device)
@@ -204,7 +208,7 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.Abst
 
 def _finite(result: Result) -> Result:
     if not math.isfinite(result.loss):
-        raise FloatingPointError(
+        raise DivergedError(
             f"the training loss became {result.loss}: lower the learning rate, warm up longer, clip the gradient "
             "(--clip-grad 1), or use bf16 instead of fp16"
         )

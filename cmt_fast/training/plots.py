@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,16 @@ from torch import Tensor
 from cmt_fast.training.history import Record
 
 BLUE, ORANGE, GREEN, RED, GREY = "#1f5fa8", "#d9731a", "#2c8a4b", "#b8292f", "#8a8f98"
+
+
+def check_plotting() -> None:
+    """Fail before a long run rather than after it.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("plots need matplotlib: pip install 'cmt-fast[train]'")
 
 
 def plot_history(history: Sequence[Record], path: Path) -> None:
@@ -26,9 +37,10 @@ def plot_history(history: Sequence[Record], path: Path) -> None:
         right.plot(epochs, [100 * r["train_accuracy"] for r in history], color=ORANGE, label="training", **style)
     right.plot(epochs, [100 * r["val_accuracy"] for r in history], color=BLUE, label="held out", **style)
     right.set(title="Accuracy", xlabel="epoch", ylabel="right answers (%)", ylim=(None, 100.8))
+    left.legend(loc="upper right")
+    right.legend(loc="lower right")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
         axes.xaxis.get_major_locator().set_params(integer=True)
     _write(figure, path)
 
@@ -71,7 +83,7 @@ def plot_predictions(
         axes.imshow(image[0].numpy(), cmap="gray")
         text = f"{class_names[guess]}  {p:.0%}" + ("" if guess == true else f"\ntruth: {class_names[true]}")
         axes.set_title(text, fontsize=9, color=GREEN if guess == true else RED)
-    figure.suptitle("Held-out images: predicted class and its probability (the least certain first)")
+    figure.suptitle("Held-out images: predicted class and its probability (hardest first)")
     _write(figure, path)
 
 
@@ -95,11 +107,8 @@ def plot_benchmark(
 
 def _figure(*shape: int, **options: Any) -> tuple[Any, Any]:
     """A figure without a window, so that plots work on a machine without a screen and leave pyplot's state alone."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'cmt-fast[train]'") from error
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=options.pop("figsize"), layout="constrained")
     FigureCanvasAgg(figure)

@@ -23,7 +23,7 @@ from cmt_fast.training.data import Data, load_data, steps_per_epoch, train_loade
 from cmt_fast.training.distributed import Processes, join_processes, leave_processes
 from cmt_fast.training.engine import Result, Trainer, evaluate
 from cmt_fast.training.history import Record, write_history
-from cmt_fast.training.plots import plot_history
+from cmt_fast.training.plots import check_plotting, plot_history
 
 LAST, BEST, HISTORY, CURVES = "last.pth", "best.pth", "history.jsonl", "curves.png"
 
@@ -98,10 +98,11 @@ def fit(config: TrainConfig, observer: Observer | None = None, resume: str | Pat
 
     Raises:
         ValueError, OSError: if settings or data cannot be used; see :meth:`TrainConfig.check` and :func:`load_data`.
-        FloatingPointError: if the loss is no longer finite.
+        DivergedError: if the loss is no longer finite.
         KeyboardInterrupt: on Ctrl-C; ``last.pth`` holds the last finished epoch.
     """
     config.check()
+    check_plotting()
     processes, device = join_processes(config.torch_device())
     try:
         with use_backend(config.backend):
