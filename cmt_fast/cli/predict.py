@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich import box
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -132,7 +133,7 @@ def predict(
 
     unread = [result for result in results if result.error]
     for result in unread:
-        errors.print(f"[red]not read:[/] {result.error}", highlight=False)
+        errors.print(f"[red]not read:[/] {escape(result.error or '')}", highlight=False)
     read = [result for result in results if not result.error]
     if read:
         console.print(table(read))
@@ -228,9 +229,8 @@ class ImageFiles(Dataset[tuple[int, "Tensor | str"]]):
         path = self.paths[index]
         try:
             return index, self.transform(read_image(path, self.channels))
-        except (OSError, ValueError, SyntaxError) as error:  # Pillow raises SyntaxError on some broken files
-            message = str(error)
-            return index, message if str(path) in message else f"{path}: {message}"
+        except (OSError, ValueError) as error:
+            return index, str(error)
 
 
 @torch.inference_mode()

@@ -25,8 +25,11 @@ def read_image(path: str | Path, channels: int = 3) -> Image.Image:
         OSError: if the file cannot be read or is no image.
         ValueError: if its pixels have no defined range (floating point, or more than 16 bits).
     """
-    with Image.open(path) as file:
-        image = ImageOps.exif_transpose(file)
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: Pillow on some broken files
+        raise OSError(f"cannot read the image {path}: {error}") from error
     if image.mode == "F" or (image.mode == "I" and _outside_16_bits(image)):
         raise ValueError(f"{path}: pixels of mode {image.mode!r} have no defined range; save it with 8 or 16 bits")
     if image.mode.startswith("I"):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 Transform = Callable[[Image.Image], Tensor]
@@ -52,11 +53,17 @@ class Preprocess:
 
     def training(self, auto_augment: str | None, erase: float, color_jitter: float) -> Transform:
         """Random crop, flip, ``auto_augment`` (timm's notation), colour jitter, random erasing: -> (channels, H, W) float32."""
-        return self._create(
+        transform = self._create(
             is_training=True, auto_augment=auto_augment, re_prob=erase, re_mode="pixel", color_jitter=color_jitter
         )
+        # At the highest magnitudes timm asks Pillow to keep 0 bits, which Pillow 13 refuses.
+        for step in transform.transforms:
+            for op in [*getattr(step, "ops", []), *chain(*getattr(step, "policy", []))]:
+                if op.name.startswith("Posterize"):
+                    op.aug_fn = posterize
+        return transform
 
-    def _create(self, **options: Any) -> Transform:
+    def _create(self, **options: Any) -> Any:
         try:
             from timm.data import create_transform
         except ImportError as error:
@@ -69,3 +76,8 @@ class Preprocess:
             interpolation=self.interpolation,
             **options,
         )
+
+
+def posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
+    """Keep the highest bits of each channel, at least one."""
+    return ImageOps.posterize(image, min(max(bits_to_keep, 1), 8))

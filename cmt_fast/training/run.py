@@ -107,6 +107,10 @@ def fit(config: TrainConfig, observer: Observer | None = None, resume: str | Pat
     try:
         with use_backend(config.backend):
             return _fit(config, observer if observer and processes.is_first else Observer(), resume, processes, device)
+    except OSError as error:  # a worker's error comes with its traceback as text: its last line names the image
+        if "DataLoader worker" not in str(error):
+            raise
+        raise OSError(str(error).strip().splitlines()[-1].removeprefix("OSError: ")) from error
     finally:
         leave_processes(processes)
 

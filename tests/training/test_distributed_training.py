@@ -7,13 +7,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.needs("timm", "torchvision")
+
 SCRIPT = """
 import json, sys
 import torch
 from cmt_fast.training.config import TrainConfig
-from cmt_fast.training.run import fit
+from cmt_fast.training.run import Observer, fit
+
 torch.set_num_threads(1)
-outcome = fit(TrainConfig(**json.loads(sys.argv[1])))
+
+class Kinds(Observer):
+    def started(self, config, data, model, steps, first_epoch):
+        print(sorted({type(m).__name__ for m in model.modules() if "BatchNorm" in type(m).__name__}))
+
+outcome = fit(TrainConfig(**json.loads(sys.argv[1])), Kinds())
 print(json.dumps([outcome.history[-1]["train_loss"], outcome.history[-1]["val_loss"]]))
 """
 
@@ -38,6 +48,7 @@ def test_two_processes(tiny):
     ]
     outputs = [process.communicate(timeout=100)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0]
+    assert "['SyncBatchNorm']" in outputs[0] and "BatchNorm" not in outputs[1]  # only the first process tells
     losses = [json.loads(output.splitlines()[-1]) for output in outputs]
     assert losses[0] == losses[1]  # sums over both processes
     record = json.loads((Path(config.output) / "history.jsonl").read_text())  # one epoch, written by one process

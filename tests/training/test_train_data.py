@@ -14,6 +14,8 @@ from cmt_fast.training.config import TrainConfig
 from cmt_fast.training.data import load_data, val_loader
 from cmt_fast.training.distributed import Processes
 
+pytestmark = pytest.mark.needs("timm", "torchvision")
+
 
 def remove(*parts):
     return lambda root: shutil.rmtree(root.joinpath(*parts))
@@ -85,10 +87,9 @@ def test_digits_tensor():
 
 def ramp(mode):
     grey = np.linspace(0, 255, 64).astype(np.uint8).reshape(8, 8)
-    if mode == "I;16":
-        return Image.fromarray(grey.astype(np.uint16) * 257)
-    if mode == "I":
-        return Image.fromarray(grey.astype(np.int32) * 257)
+    if mode in ("I;16", "I"):
+        deep = np.linspace(0, 65535, 64).reshape(8, 8)
+        return Image.fromarray(deep.astype(np.uint16 if mode == "I;16" else np.int32))
     return Image.fromarray(grey).convert(mode)
 
 
@@ -122,6 +123,15 @@ def test_pixels_without_a_range(tmp_path):
         read_image(tmp_path / "float.tif")
 
 
+def test_truncated_image_is_named(tmp_path):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 50, 3), dtype=np.uint8))
+    image.save(tmp_path / "whole.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:3000])
+    for name in ("half.png", "gone.png"):
+        with pytest.raises(OSError, match=f"cannot read the image .*{name}"):
+            read_image(tmp_path / name)
+
+
 def test_finds_images(tmp_path):
     (tmp_path / "deep").mkdir()
     for name in ("b.PNG", "deep/a.jpg", "note.txt"):
@@ -133,6 +143,20 @@ def test_finds_images(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="holds no image"):
         find_images([tmp_path / "empty"])
+
+
+@pytest.mark.parametrize("policy", ["rand-m10-inc1", "rand-m9-mstd0.5-inc1", "original", "augmix-m10", ""])
+def test_every_augmentation_at_full_strength(policy):
+    """timm's posterize asks Pillow for 0 bits, which Pillow 13 refuses."""
+    transform = Preprocess(img_size=(32, 32)).training(policy or None, erase=0.5, color_jitter=0.4)
+    ops = [op for step in transform.transforms for op in getattr(step, "ops", [])]
+    ops += [op for step in transform.transforms for sub in getattr(step, "policy", []) for op in sub]
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8))
+    assert len(ops) > 5 or not policy
+    for op in ops:
+        op.prob, op.magnitude, op.magnitude_std = 1.0, 10, 0
+        assert op(image).size == image.size
+    assert transform(image).shape == (3, 32, 32)
 
 
 def test_preprocess_survives_a_dict():
