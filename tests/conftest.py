@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 
@@ -10,6 +12,10 @@ from cmt_fast.testing.poison import poisoned_empty
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        packages = {name for mark in item.iter_markers("needs") for name in mark.args}
+        if missing := sorted(name for name in packages if find_spec(name) is None):
+            item.add_marker(pytest.mark.skip(reason=f"needs {' and '.join(missing)}, not installed here"))
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA device, and none is visible")
         for item in items:

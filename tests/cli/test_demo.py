@@ -10,6 +10,8 @@ from cmt_fast.testing.verification import Check
 from cmt_fast.training.plots import plot_benchmark
 from cmt_fast.training.report import Report
 
+pytestmark = pytest.mark.needs("timm", "torchvision")
+
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory):

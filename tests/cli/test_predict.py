@@ -13,6 +13,8 @@ from cmt_fast.data.preprocess import Preprocess
 from cmt_fast.models.checkpoint import save_checkpoint
 from cmt_fast.models.cmt import CMT
 
+pytestmark = pytest.mark.needs("timm", "torchvision")
+
 LAYOUT = dict(embed_dims=(8, 8, 16, 16), depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2), stem_channel=8, fc_dim=32, img_size=32)  # fmt: skip
 DIGITS = [f"digit {i}" for i in range(10)]
 

@@ -6,6 +6,8 @@ import torch
 from cmt_fast.cli.train import TrainingProgress
 from cmt_fast.models.checkpoint import load_model
 
+pytestmark = pytest.mark.needs("timm", "torchvision")
+
 SMALL = ["--embed-dims", "8,8,16,16", "--depths", "1,1,1,1", "--num-heads", "1,1,2,2", "--batch-size", "128", "--device", "cpu"]  # fmt: skip
 
 

@@ -255,6 +255,7 @@ def test_a_classifier_on_one_side_only(tmp_path, old, new):
     assert torch.equal(target.forward_features(x), model.forward_features(x))
 
 
+@pytest.mark.needs("timm")
 @pytest.mark.parametrize("in_chans", [1, 2, 4, 7])
 def test_input_channels_follow_timm(tmp_path, in_chans):
     from timm.models._manipulate import adapt_input_conv
