@@ -293,9 +293,9 @@ def _bench(report: Report, effort: Effort, device: torch.device, output: Path) -
         report.text(warning)
     for row in measured:
         if row.provider != BASELINE and row.ratio is not None:
-            doubt = " (unreliable: busy machine)" if busy else ""
-            what = f"{row.model} on {device.type}, {row.dtype}, cmt_fast ({row.provider})"
-            report.summary.append((what, f"{row.ratio:.2f} times the images a second of the original{doubt}"))
+            ratio = f"{row.ratio:.2f} times the images a second of the original"
+            what = f"{row.model} on {device.type}, {row.dtype}, {row.provider}"
+            report.summary.append((what, "no reliable figure: the machine was busy" if busy else ratio))
     if measured:
         plot_benchmark(
             [f"{row.provider}, {row.dtype}" for row in measured],
@@ -322,7 +322,14 @@ def _machine(report: Report, device: torch.device) -> None:
 
 
 def _rich(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_header=any(header))
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        show_header=any(header),
+    )
     for i, name in enumerate(header):
         is_number = all(str(row[i])[:1].isdigit() for row in rows)
         table.add_column(Text(name), justify="right" if is_number and any(header) else "left")

@@ -1,6 +1,7 @@
 """``cmt-fast demo --quick``: every step, in its smallest form."""
 
 import pytest
+import torch
 from PIL import Image
 
 from cmt_fast.cli import demo as command
@@ -59,6 +60,17 @@ def test_fails_if_the_accuracy_is_low(cmt_fast, output, monkeypatch):
     monkeypatch.setattr(command, "bench", lambda *args, **kwargs: [])
     code, out, _ = cmt_fast("demo", "--quick", "--device", "cpu", "--output", output)
     assert code == 1 and "below the 97 % required" in out
+
+
+@pytest.mark.parametrize("spread, text", [(1.0, "2.00 times the images a second"), (30.0, "no reliable figure")])
+def test_busy_machine_gets_no_ratio(tmp_path, monkeypatch, spread, text):
+    def row(provider, median):
+        return Row("cmt_ti", provider, 1, "float32", "inference", 64, median, median - spread, median + spread, 1000 / median, 100 / median)  # fmt: skip
+
+    monkeypatch.setattr(command, "bench", lambda *args, **kwargs: [row("original", 100.0), row("auto", 50.0)])
+    report = Report("title", "introduction")
+    command._bench(report, command.QUICK, torch.device("cpu"), tmp_path)
+    assert [text in result for _, result in report.summary] == [True]
 
 
 def test_bad_device(cmt_fast, tmp_path):
