@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
+from cmt_fast._version import __version__
 from cmt_fast.cli import bench, demo, info, predict, train, verify
 
 app = typer.Typer(
@@ -15,3 +18,18 @@ app = typer.Typer(
 )
 for command in (info.info, verify.verify, bench.bench, predict.predict, train.train, demo.demo):
     app.command()(command)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"cmt-fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass

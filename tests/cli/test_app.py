@@ -1,0 +1,36 @@
+"""The command line as a whole."""
+
+import subprocess
+import sys
+
+import pytest
+
+import cmt_fast
+
+
+def run(*arguments):
+    return subprocess.run([sys.executable, "-m", "cmt_fast", *arguments], capture_output=True, text=True)
+
+
+def test_version():
+    assert run("--version").stdout.strip() == f"cmt-fast {cmt_fast.__version__}"
+
+
+def test_help_names_every_command():
+    result = run("--help")
+    assert result.returncode == 0
+    assert all(name in result.stdout for name in ("info", "verify", "bench", "predict", "train", "demo"))
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["nothing"], "No such command"),
+        (["info", "cmt_l"], "expected one of cmt_ti, cmt_xs, cmt_s, cmt_b"),
+        (["info", "cmt_s", "--img-size", "8"], "both sides must be at least 31"),
+    ],
+)
+def test_a_mistake_is_one_clear_message(arguments, words):
+    result = run(*arguments)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert words in " ".join(result.stderr.split())
