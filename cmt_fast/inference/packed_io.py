@@ -88,7 +88,9 @@ def load_packed(path: str | os.PathLike, *, device: torch.device | str = "cpu") 
     try:
         with safe_open(str(path), framework="pt", device=str(device)) as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()} if _KEY in metadata else {}  # noqa: SIM118
+            names = file.keys() if _KEY in metadata else ()
+            # Copied: the file's mapping is aligned to 8 bytes, and would change or vanish with the file.
+            tensors = {name: file.get_tensor(name).clone() for name in names}
     except SafetensorError as error:
         raise CheckpointError(
             f"{path} is not a complete safetensors file ({error}): save or copy the packed model again"
