@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 
 import pytest
@@ -9,6 +10,10 @@ import torch
 
 from cmt_fast.backend import get_backend, set_backend
 from cmt_fast.testing.poison import poisoned_empty
+
+# The tensors of tests are tiny: threads only cost time, here and in the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
