@@ -6,7 +6,7 @@ from torch import Tensor
 
 from cmt_fast.backend import select
 from cmt_fast.ops.checks import check_map, check_same, check_vector, shape_of
-from cmt_fast.ops.depthwise.autograd import DepthwiseConv3x3Function
+from cmt_fast.ops.depthwise.autograd import depthwise_conv3x3_native
 from cmt_fast.ops.depthwise.native import native_reasons
 from cmt_fast.ops.depthwise.reference import depthwise_conv3x3_reference, depthwise_reduce_reference
 
@@ -40,7 +40,7 @@ def depthwise_conv3x3(
         raise ValueError(f"weight must have shape ({x.shape[-1]}, 1, 3, 3), got {shape_of(weight)}")
     candidates = {"native": lambda: native_reasons(x, weight, bias)}
     if select("depthwise_conv3x3", candidates, backend, device=x.device) == "native":
-        return DepthwiseConv3x3Function.apply(x, weight, bias, shortcut)
+        return depthwise_conv3x3_native(x, weight, bias, shortcut)
     return depthwise_conv3x3_reference(x, weight, bias, shortcut)
 
 

@@ -17,13 +17,10 @@ class DepthwiseConv3x3Function(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, shortcut: bool) -> Tensor:
-        return depthwise_conv3x3_fwd(x, weight, bias, shortcut)
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor | None, bool], output: Tensor) -> None:
-        x, weight, _, ctx.shortcut = inputs
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, shortcut: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
+        ctx.shortcut = shortcut
+        return depthwise_conv3x3_fwd(x, weight, bias, shortcut)
 
     @staticmethod
     @once_differentiable
@@ -32,3 +29,11 @@ class DepthwiseConv3x3Function(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         grads = depthwise_conv3x3_bwd(grad, x, weight, ctx.shortcut, *needs)
         return *(g if need else None for g, need in zip(grads, needs)), None
+
+
+def depthwise_conv3x3_native(x: Tensor, weight: Tensor, bias: Tensor | None, shortcut: bool) -> Tensor:
+    """The compiled operation, with its gradients where one will be asked for."""
+    parts = (x, weight) if bias is None else (x, weight, bias)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in parts):
+        return DepthwiseConv3x3Function.apply(x, weight, bias, shortcut)
+    return depthwise_conv3x3_fwd(x, weight, bias, shortcut)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from cmt_fast.backend import select
 from cmt_fast.ops.checks import check_map, not_plain
-from cmt_fast.ops.depthwise.autograd import DepthwiseConv3x3Function
+from cmt_fast.ops.depthwise.autograd import depthwise_conv3x3_native
 from cmt_fast.ops.depthwise.native import native_reasons
 from cmt_fast.ops.lpu.reference import lpu_reference
 
@@ -28,7 +28,7 @@ def lpu(x: Tensor, conv: nn.Module, *, backend: str | None = None) -> Tensor:
     """
     check_map(x)
     if select("lpu", {"native": lambda: _native_reasons(x, conv)}, backend, device=x.device) == "native":
-        return DepthwiseConv3x3Function.apply(x, conv.weight, conv.bias, True)
+        return depthwise_conv3x3_native(x, conv.weight, conv.bias, True)
     return lpu_reference(x, conv)
 
 
