@@ -7,8 +7,6 @@ TORCH_LATEST := 2.13.0
 TORCHVISION_LATEST := 0.28.0
 PYTEST_ARGS ?=
 
-# The tensors of tests are small: more threads wait for each other longer than they compute.
-RUN_TESTS := OMP_NUM_THREADS=1
 PIP_QUIET := -qq --disable-pip-version-check
 SOURCES := $(shell find csrc -type f)
 
@@ -25,10 +23,10 @@ demo: $(VENV)/.installed ## train a small CMT on digits, verify, benchmark; repo
 	$(VENV)/bin/cmt-fast demo --output demo-report
 
 test: $(VENV)/.installed ## the test suite
-	$(RUN_TESTS) $(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
 test-latest: $(VENV_LATEST)/.installed ## the test suite on the newest supported torch
-	$(RUN_TESTS) $(VENV_LATEST)/bin/python -m pytest $(PYTEST_ARGS)
+	$(VENV_LATEST)/bin/python -m pytest $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed ## ruff (rules and format) and mypy
 	$(VENV)/bin/ruff check .

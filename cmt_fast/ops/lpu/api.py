@@ -28,6 +28,7 @@ def lpu(x: Tensor, conv: nn.Module, *, backend: str | None = None) -> Tensor:
     """
     check_map(x)
     if select("lpu", {"native": lambda: _native_reasons(x, conv)}, backend, device=x.device) == "native":
+        assert isinstance(conv, nn.Conv2d)  # or there were reasons against it
         return depthwise_conv3x3_native(x, conv.weight, conv.bias, True)
     return lpu_reference(x, conv)
 
