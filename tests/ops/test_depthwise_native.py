@@ -256,11 +256,19 @@ class TestAutograd:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             y.sum().backward()
 
-    def test_second_derivative_is_an_error(self):
+    @pytest.mark.parametrize("shortcut", [False, True])
+    def test_second_derivatives(self, shortcut):
+        """A gradient penalty must not depend on the backend."""
         x, weight, bias, _ = (t.requires_grad_() for t in make_inputs((1, 3, 4, 5), torch.float64))
-        (dx,) = torch.autograd.grad(native(x, weight, bias, True).pow(2).sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            dx.sum().backward()
+        assert torch.autograd.gradgradcheck(lambda *t: native(*t, shortcut).pow(2), (x, weight, bias))
+        results = []
+        for function in (native, depthwise_conv3x3_reference):
+            first = torch.autograd.grad(
+                function(x, weight, bias, shortcut).pow(3).sum(), (x, weight), create_graph=True
+            )
+            results.append(torch.autograd.grad(sum(g.square().sum() for g in first), (x, weight, bias)))
+        for ours, expected in zip(*results):
+            torch.testing.assert_close(ours, expected)
 
 
 def conv(channels: int = 5, **changes) -> nn.Conv2d:

@@ -27,8 +27,7 @@ def depthwise_conv3x3(
         backend: see :func:`cmt_fast.use_backend`; None takes the process-wide setting.
 
     Returns:
-        (B, H, W, C) in the dtype of a convolution of the inputs. The native backend differentiates once; second
-        derivatives need ``backend="reference"``.
+        (B, H, W, C) in the dtype of a convolution of the inputs.
 
     Raises:
         ValueError, TypeError: on a wrong shape, dtype or device.

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from cmt_fast.ops.depthwise.schema import depthwise_conv3x3_bwd, depthwise_conv3x3_fwd
+from cmt_fast.ops.layout import nchw, nhwc
 
 
 class DepthwiseConv3x3Function(torch.autograd.Function):
     """(x, weight, bias, shortcut) -> y; the arguments of :func:`cmt_fast.functional.depthwise_conv3x3`.
 
-    Keeps x and weight for the backward pass. Gradients are computed only where they are needed, and once: there is no
-    second derivative.
+    Keeps x and weight for the backward pass. Gradients are computed only where they are needed. Under ``create_graph``
+    they come from plain PyTorch, which can be differentiated again.
     """
 
     @staticmethod
@@ -23,12 +23,23 @@ class DepthwiseConv3x3Function(torch.autograd.Function):
         return depthwise_conv3x3_fwd(x, weight, bias, shortcut)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        grads = depthwise_conv3x3_bwd(grad, x, weight, ctx.shortcut, *needs)
-        return *(g if need else None for g, need in zip(grads, needs)), None
+        gradients = _differentiable_bwd if torch.is_grad_enabled() else depthwise_conv3x3_bwd
+        found = gradients(grad, x, weight, ctx.shortcut, *needs)
+        return *(g if need else None for g, need in zip(found, needs)), None
+
+
+def _differentiable_bwd(grad: Tensor, x: Tensor, weight: Tensor, shortcut: bool, *needs: bool):
+    """What ``depthwise_conv3x3_bwd`` computes, in operations that PyTorch can differentiate."""
+    c = x.shape[-1]
+    dx, dweight, dbias = torch.ops.aten.convolution_backward(
+        nchw(grad), nchw(x), weight, [c], [1, 1], [1, 1], [1, 1], False, [0, 0], c, needs
+    )
+    if needs[0]:
+        dx = nhwc(dx) + grad if shortcut else nhwc(dx)
+    return dx, dweight, dbias
 
 
 def depthwise_conv3x3_native(x: Tensor, weight: Tensor, bias: Tensor | None, shortcut: bool) -> Tensor:

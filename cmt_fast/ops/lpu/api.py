@@ -20,7 +20,7 @@ def lpu(x: Tensor, conv: nn.Module, *, backend: str | None = None) -> Tensor:
         backend: see :func:`cmt_fast.use_backend`.
 
     Returns:
-        (B, H, W, C). The native backend differentiates once; second derivatives need ``backend="reference"``.
+        (B, H, W, C).
 
     Raises:
         ValueError, TypeError: on a wrong shape or dtype of ``x``.
