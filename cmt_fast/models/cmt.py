@@ -78,22 +78,17 @@ class CMT(nn.Module):
         super().__init__()
         if hybrid_backbone is not None:
             raise ValueError("hybrid_backbone is not supported (the original ignores it); leave it out")
-        for name, values in {
-            "embed_dims": embed_dims,
-            "num_heads": num_heads,
-            "mlp_ratios": mlp_ratios,
-            "depths": depths,
-            "sr_ratios": sr_ratios,
-        }.items():
-            if isinstance(values, (int, float)) or len(values) != 4 or min(values) <= 0:
-                raise ValueError(f"{name} must hold four positive numbers, one a stage, got {values!r}")
-        for name, value, least in (
-            ("in_chans", in_chans, 1),
-            ("num_classes", num_classes, 0),
-            ("stem_channel", stem_channel, 1),
-        ):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        _check_integers(1, in_chans=in_chans, stem_channel=stem_channel, fc_dim=fc_dim, qk_ratio=qk_ratio)
+        _check_integers(0, num_classes=num_classes, representation_size=representation_size or 0)
+        _check_stages(int, embed_dims=embed_dims, num_heads=num_heads, depths=depths, sr_ratios=sr_ratios)
+        _check_stages((int, float), mlp_ratios=mlp_ratios)
+        if not all(int(dim * ratio) for dim, ratio in zip(embed_dims, mlp_ratios)):
+            raise ValueError(
+                f"mlp_ratios {mlp_ratios!r} leave a stage of embed_dims {embed_dims!r} without hidden channels"
+            )
+        _check_rates(drop_rate=drop_rate, attn_drop_rate=attn_drop_rate, drop_path_rate=drop_path_rate, dp=dp)
+        if norm_layer is not None and not callable(norm_layer):
+            raise TypeError(f"norm_layer must make a module from a number of channels, got {norm_layer!r}")
         _check_pool(global_pool, num_classes)
 
         self.img_size = image_size(img_size)
@@ -217,8 +212,7 @@ class CMT(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier by a new one for ``num_classes`` (0 for none), initialised as at construction."""
         pool = self.global_pool if global_pool is None else global_pool
-        if num_classes < 0:
-            raise ValueError(f"num_classes must be at least 0, got {num_classes}")
+        _check_integers(0, num_classes=num_classes)
         _check_pool(pool, num_classes)
         self.num_classes, self.global_pool = num_classes, pool
         self.head = nn.Identity()
@@ -366,6 +360,7 @@ def feature_indices(indices: int | Sequence[int] | None, count: int) -> list[int
 
     Raises:
         ValueError: if one is out of range.
+        TypeError: if they are no integers.
     """
     if indices is None:
         return list(range(count))
@@ -373,10 +368,34 @@ def feature_indices(indices: int | Sequence[int] | None, count: int) -> list[int
         if not 1 <= indices <= count:
             raise ValueError(f"indices must be a list, or the number of last maps wanted (1 to {count}), got {indices}")
         return list(range(count - indices, count))
+    if isinstance(indices, str) or not all(isinstance(i, int) for i in indices):
+        raise TypeError(f"indices must be a list of integers, or an integer, got {indices!r}")
     resolved = [i + count if i < 0 else i for i in indices]
     if not resolved or not all(0 <= i < count for i in resolved):
         raise ValueError(f"indices must name stages 0 to {count - 1} (or -{count} to -1), got {list(indices)}")
     return resolved
+
+
+def _check_integers(least: int, **values: Any) -> None:
+    for name, value in values.items():
+        if not isinstance(value, int):
+            raise TypeError(f"{name} must be an integer, got {value!r}")
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _check_stages(kind: Any, **values: Any) -> None:
+    for name, value in values.items():
+        four = isinstance(value, Sequence) and len(value) == 4
+        if not four or not all(isinstance(v, kind) and v > 0 for v in value):
+            number = "integers" if kind is int else "numbers"
+            raise ValueError(f"{name} must hold four positive {number}, one a stage, got {value!r}")
+
+
+def _check_rates(**values: Any) -> None:
+    for name, value in values.items():
+        if not isinstance(value, (int, float)) or not 0 <= value < 1:
+            raise ValueError(f"{name} must be a probability in [0, 1), got {value!r}")
 
 
 def _check_pool(global_pool: str, num_classes: int) -> None:

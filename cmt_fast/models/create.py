@@ -18,7 +18,7 @@ def create(
     pretrained: bool = False,
     *,
     features_only: bool = False,
-    out_indices: Sequence[int] | int = (0, 1, 2, 3),
+    out_indices: Sequence[int] | int | None = None,
     **kwargs: Any,
 ) -> nn.Module:
     """Build a published variant by name; see :func:`cmt_s` for the arguments.
@@ -29,13 +29,15 @@ def create(
     """
     if name not in VARIANTS:
         raise ValueError(f"unknown model {name!r}; expected one of {', '.join(VARIANTS)}")
+    if out_indices is not None and not features_only:
+        raise ValueError(f"out_indices needs features_only=True, got out_indices={out_indices!r} alone")
     variant = VARIANTS[name]
     config: dict[str, Any] = {**variant.config, **kwargs}
     config.setdefault("img_size", variant.resolution if pretrained else 224)
     cmt = CMT(**config)
     if pretrained:
         load_checkpoint(cmt, variant.url, adapt_in_chans=True)
-    model: Any = CMTFeatures(cmt, out_indices) if features_only else cmt
+    model: Any = CMTFeatures(cmt, len(cmt.stages) if out_indices is None else out_indices) if features_only else cmt
     # timm's tools look for both names; the size is the one the model is made for.
     model.default_cfg = model.pretrained_cfg = {**default_cfg(name), "input_size": (cmt.in_chans, *cmt.img_size)}
     return model

@@ -6,6 +6,9 @@ from torch import Tensor, nn
 
 from cmt_fast import functional
 from cmt_fast.modules.pointwise import PointwiseConv
+from cmt_fast.ops.checks import not_plain
+
+_IDENTITY = nn.Identity()
 
 
 class IRFFN(nn.Module):
@@ -47,17 +50,28 @@ class IRFFN(nn.Module):
 
         Called as the original's, it is the network alone; a block adds its norm, drop path and shortcut.
         """
+        expand, act1, bn1 = _members(self.conv1, 3)
+        project, bn3 = _members(self.conv2, 2)
         y = functional.irffn(
             x.unflatten(1, (H, W)),
-            expand=self.conv1[0],
-            bn1=self.conv1[2],
+            expand=expand,
+            bn1=bn1,
             dw=self.proj,
             bn2=self.proj_bn,
-            project=self.conv2[0],
-            bn3=self.conv2[1],
+            project=project,
+            bn3=bn3,
+            act1=act1,
+            act2=self.proj_act,
             norm=norm,
             drop=self.drop,
             drop_path=drop_path,
             shortcut=shortcut,
         )
         return y.flatten(1, 2)
+
+
+def _members(sequence: nn.Module, count: int) -> list[nn.Module]:
+    """The members of a plain Sequential, which kernels may read; one with hooks, or another module, is called whole."""
+    if isinstance(sequence, nn.Sequential) and len(sequence) == count and not not_plain("", sequence, nn.Sequential):
+        return list(sequence)
+    return [sequence] + [_IDENTITY] * (count - 1)

@@ -157,28 +157,46 @@ def test_the_original_attributes():
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
 CONSTRUCTION_ERRORS = [
-    (dict(embed_dims=(8, 16, 32)), r"embed_dims must hold four positive numbers.*\(8, 16, 32\)"),
-    (dict(depths=3), r"depths must hold four positive numbers, one a stage, got 3"),
-    (dict(sr_ratios=(8, 4, 2, 0)), r"sr_ratios must hold four positive numbers"),
-    (dict(num_heads=(1, 2, 5, 8)), r"num_heads must divide dim.*num_heads 5, dim 32"),
-    (dict(qk_ratio=3), r"num_heads must divide dim and dim // qk_ratio.*qk_ratio 3"),
-    (dict(num_classes=-1), r"num_classes must be at least 0, got -1"),
-    (dict(in_chans=0), r"in_chans must be at least 1, got 0"),
-    (dict(stem_channel=0), r"stem_channel must be at least 1, got 0"),
-    (dict(img_size=16), r"16 x 16 pixels leaves a stage without keys: both sides must be at least 31"),
-    (dict(img_size=(64, 64, 64)), r"img_size must be a positive integer or \(height, width\), got \(64, 64, 64\)"),
-    (dict(img_size=-64), r"img_size must be a positive integer or \(height, width\), got -64"),
-    (dict(img_size=64.0), r"img_size must be a positive integer or \(height, width\), got 64.0"),
-    (dict(global_pool="max"), r"global_pool must be 'avg' or '' \(none\), got 'max'"),
-    (dict(global_pool=""), r"global_pool='' needs num_classes=0.*num_classes=10"),
-    (dict(hybrid_backbone="resnet50"), r"hybrid_backbone is not supported"),
-    (dict(drop_path_rate=1.0), r"drop_prob must be in \[0, 1\), got 1.0"),
+    (dict(embed_dims=(8, 16, 32)), ValueError, r"embed_dims must hold four positive integers.*\(8, 16, 32\)"),
+    (dict(embed_dims=(8, 16, 32, 64.0)), ValueError, r"embed_dims must hold four positive integers.*64.0"),
+    (dict(embed_dims=None), ValueError, r"embed_dims must hold four positive integers, one a stage, got None"),
+    (dict(embed_dims="abcd"), ValueError, r"embed_dims must hold four positive integers, one a stage, got 'abcd'"),
+    (dict(depths=3), ValueError, r"depths must hold four positive integers, one a stage, got 3"),
+    (dict(depths=(1, 1, 1.5, 1)), ValueError, r"depths must hold four positive integers.*1.5"),
+    (dict(sr_ratios=(8, 4, 2, 0)), ValueError, r"sr_ratios must hold four positive integers"),
+    (dict(mlp_ratios=(4, 4, 4, -1)), ValueError, r"mlp_ratios must hold four positive numbers"),
+    (dict(mlp_ratios=(0.01,) * 4), ValueError, r"mlp_ratios .* leave a stage .* without hidden channels"),
+    (dict(num_heads=(1, 2, 5, 8)), ValueError, r"num_heads must divide dim.*num_heads 5, dim 32"),
+    (dict(qk_ratio=3), ValueError, r"num_heads must divide dim and dim // qk_ratio.*qk_ratio 3"),
+    (dict(qk_ratio=0), ValueError, r"qk_ratio must be at least 1, got 0"),
+    (dict(qk_ratio=0.5), TypeError, r"qk_ratio must be an integer, got 0.5"),
+    (dict(num_classes=-1), ValueError, r"num_classes must be at least 0, got -1"),
+    (dict(num_classes=None), TypeError, r"num_classes must be an integer, got None"),
+    (dict(in_chans=0), ValueError, r"in_chans must be at least 1, got 0"),
+    (dict(in_chans="3"), TypeError, r"in_chans must be an integer, got '3'"),
+    (dict(stem_channel=0), ValueError, r"stem_channel must be at least 1, got 0"),
+    (dict(fc_dim=0), ValueError, r"fc_dim must be at least 1, got 0"),
+    (dict(representation_size=-1), ValueError, r"representation_size must be at least 0, got -1"),
+    (dict(norm_layer="ln"), TypeError, r"norm_layer must make a module from a number of channels, got 'ln'"),
+    (dict(img_size=16), ValueError, r"16 x 16 pixels leaves a stage without keys: both sides must be at least 31"),
+    (
+        dict(img_size=(64,) * 3),
+        ValueError,
+        r"img_size must be a positive integer or \(height, width\), got \(64, 64, 64\)",
+    ),
+    (dict(img_size=-64), ValueError, r"img_size must be a positive integer or \(height, width\), got -64"),
+    (dict(img_size=64.0), ValueError, r"img_size must be a positive integer or \(height, width\), got 64.0"),
+    (dict(global_pool="max"), ValueError, r"global_pool must be 'avg' or '' \(none\), got 'max'"),
+    (dict(global_pool=""), ValueError, r"global_pool='' needs num_classes=0.*num_classes=10"),
+    (dict(hybrid_backbone="resnet50"), ValueError, r"hybrid_backbone is not supported"),
+    (dict(drop_path_rate=1.5), ValueError, r"drop_path_rate must be a probability in \[0, 1\), got 1.5"),
+    (dict(dp=2), ValueError, r"dp must be a probability in \[0, 1\), got 2"),
 ]
 
 
-@pytest.mark.parametrize("arguments, message", CONSTRUCTION_ERRORS, ids=lambda v: str(v)[:40])
-def test_construction_errors(arguments, message):
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("arguments, error, message", CONSTRUCTION_ERRORS, ids=lambda v: str(v)[:40])
+def test_construction_errors(arguments, error, message):
+    with pytest.raises(error, match=message):
         tiny(**arguments)
 
 
@@ -214,6 +232,7 @@ CALL_ERRORS = [
         lambda m: m.forward_intermediates(torch.randn(1, 3, 64, 64), output_fmt="NLC"),
         r"output_fmt must be 'NCHW', got 'NLC'",
     ),
+    (lambda m: create("cmt_ti", out_indices=(1,)), r"out_indices needs features_only=True"),
     (lambda m: create("cmt_l"), r"unknown model 'cmt_l'; expected one of cmt_ti, cmt_xs, cmt_s, cmt_b"),
     (
         lambda m: cmt_fast.set_backend("cuda"),

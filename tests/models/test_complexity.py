@@ -210,7 +210,7 @@ def test_block_formula_against_the_exact_count(stage, k):
         ((CMT(**SMALL),), {"depths": (1, 1, 1, 1)}, "a model has its configuration already, got depths too"),
         (("cmt_s",), {"img_size": 16}, "leaves a stage without keys"),
         (("cmt_s",), {"img_size": "224"}, "img_size must be a positive integer or"),
-        ((), {"depths": (1, 1)}, "depths must hold four positive numbers"),
+        ((), {"depths": (1, 1)}, "depths must hold four positive integers"),
     ],
 )
 def test_errors(args, config, message):

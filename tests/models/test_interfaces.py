@@ -199,11 +199,22 @@ def test_hooks_and_replaced_parts_are_honoured(model, x):
     assert torch.equal(model(x), expected) and len(seen) == 1
     handle.remove()
     block = model.blocks_b[0]
-    for name, part in (("attn.q", block.attn.q), ("mlp.conv1.0", block.mlp.conv1[0]), ("proj", block.proj)):
-        adapter = nn.Sequential(copy.deepcopy(part))
-        with torch.no_grad():
-            adapter[0].weight.mul_(1.5)
-        block.set_submodule(name, adapter)
+    for name in (
+        "attn.q",
+        "attn.sr",
+        "mlp.conv1",
+        "mlp.conv1.0",
+        "mlp.conv1.1",
+        "mlp.proj_act",
+        "mlp.conv2",
+        "proj",
+        "norm2",
+    ):
+        part, calls = block.get_submodule(name), []
+        handle = part.register_forward_hook(lambda m, i, o, calls=calls: calls.append(m) or 1.5 * o)
+        assert not torch.allclose(model(x), expected) and calls == [part], f"the hook of {name} is without effect"
+        handle.remove()
+        block.set_submodule(name, nn.Sequential(part, nn.Tanh()))
         assert not torch.allclose(model(x), expected), f"{name} was replaced without effect"
         block.set_submodule(name, part)
     assert torch.equal(model(x), expected)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmt_fast.backend import select
-from cmt_fast.ops.checks import check_map
+from cmt_fast.ops.checks import check_conv_channels, check_map, check_modules
 from cmt_fast.ops.irffn.reference import irffn_reference
 
 
@@ -20,6 +21,8 @@ def irffn(
     bn2: nn.Module,
     project: nn.Module,
     bn3: nn.Module,
+    act1: Callable[[Tensor], Tensor] = F.gelu,
+    act2: Callable[[Tensor], Tensor] = F.gelu,
     norm: nn.Module | None = None,
     drop: Callable[[Tensor], Tensor] | None = None,
     drop_path: Callable[[Tensor], Tensor] | None = None,
@@ -28,13 +31,14 @@ def irffn(
 ) -> Tensor:
     """Inverted residual feed-forward network, third sub-layer of a CMT block (paper, "IRFFN").
 
-    ``h = bn1(gelu(expand(norm(x))))``; ``h = bn2(gelu(dw(h) + h))``; returns ``x + drop_path(bn3(project(h)))``.
+    ``h = bn1(act1(expand(norm(x))))``; ``h = bn2(act2(dw(h) + h))``; returns ``x + drop_path(bn3(project(h)))``.
 
     Args:
         x: (B, H, W, C), floating point.
         expand: 1x1 convolution C -> R; project: 1x1 convolution R -> C.
         dw: depthwise 3x3 convolution of R channels with zero padding 1.
         bn1, bn2: BatchNorm over R; bn3: BatchNorm over C. All of these modules take (B, channels, H, W).
+        act1, act2: activations, the exact GELU.
         norm: LayerNorm over C; None skips it.
         drop, drop_path: dropout of the hidden map and the output, and stochastic depth; None skips them.
         shortcut: add ``x``; False returns the branch alone.
@@ -44,10 +48,13 @@ def irffn(
         (B, H, W, C).
 
     Raises:
-        ValueError, TypeError: on a wrong shape or dtype of ``x``.
+        ValueError: on a wrong shape of ``x``, or if ``expand`` is a convolution of other channels.
+        TypeError: if ``x`` is not floating point, or a part is no module.
         BackendError: if ``backend`` names one that cannot run this call.
     """
     check_map(x)
+    check_modules(expand=expand, bn1=bn1, dw=dw, bn2=bn2, project=project, bn3=bn3)
+    check_conv_channels("expand", expand, x)
     select("irffn", {}, backend, device=x.device)
     return irffn_reference(
         x,
@@ -57,6 +64,8 @@ def irffn(
         bn2=bn2,
         project=project,
         bn3=bn3,
+        act1=act1,
+        act2=act2,
         norm=norm,
         drop=drop,
         drop_path=drop_path,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmt_fast.ops.layout import nchw, nhwc
@@ -19,6 +18,8 @@ def irffn_reference(
     bn2: nn.Module,
     project: nn.Module,
     bn3: nn.Module,
+    act1: Callable[[Tensor], Tensor],
+    act2: Callable[[Tensor], Tensor],
     norm: nn.Module | None,
     drop: Callable[[Tensor], Tensor] | None,
     drop_path: Callable[[Tensor], Tensor] | None,
@@ -26,14 +27,14 @@ def irffn_reference(
 ) -> Tensor:
     """X = Z + drop_path(IRFFN(LN(Z))) (paper, "IRFFN"); x (B, H, W, C) -> (B, H, W, C).
 
-    GELU comes before each BatchNorm, and the zero padding of ``dw`` after the first one.
+    The activation (GELU) comes before each BatchNorm, and the zero padding of ``dw`` after the first one.
     """
     y = nchw(x if norm is None else norm(x))
-    y = bn1(F.gelu(expand(y)))  # (B, R, H, W)
+    y = bn1(act1(expand(y)))  # (B, R, H, W)
     if drop is not None:
         y = drop(y)
     y = dw(y) + y  # one statement each: the map before it is freed as soon as it is not needed
-    y = bn2(F.gelu(y))
+    y = bn2(act2(y))
     y = bn3(project(y))  # (B, C, H, W)
     if drop is not None:
         y = drop(y)
