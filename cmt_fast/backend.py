@@ -37,14 +37,19 @@ def _checked(name: str, source: str) -> str:
 
 
 # Process-wide, as the flags of torch.backends are: a plain global is what torch.compile can guard on.
-_setting: str = _checked(os.environ.get("CMT_FAST_BACKEND", "auto"), "the environment variable CMT_FAST_BACKEND")
+# The environment's value is checked when it is first used: importing a package must not fail because of a typo.
+_setting: str = os.environ.get("CMT_FAST_BACKEND", "auto")
 _recorder: Explanation | None = None
 _warned: set[str] = set()
 
 
 def get_backend() -> str:
-    """The process-wide setting: ``"auto"`` or the name of a backend."""
-    return _setting
+    """The process-wide setting: ``"auto"`` or the name of a backend.
+
+    Raises:
+        ValueError: if the environment variable ``CMT_FAST_BACKEND`` set it to something else.
+    """
+    return _checked(_setting, "the environment variable CMT_FAST_BACKEND")
 
 
 def set_backend(name: str) -> None:
@@ -59,8 +64,12 @@ def set_backend(name: str) -> None:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Context manager form of :func:`set_backend`: ``with use_backend("reference"): ...``."""
-    previous = _setting
+    """Context manager form of :func:`set_backend`: ``with use_backend("reference"): ...``.
+
+    The setting is the process's, not the thread's: of threads that use this at once the last one to leave decides. Give
+    single calls of :mod:`cmt_fast.functional` their ``backend=`` instead.
+    """
+    previous = get_backend()
     set_backend(name)
     try:
         yield
@@ -87,7 +96,7 @@ def select(
     Raises:
         BackendError: if a backend was asked for by name and has reasons against this call.
     """
-    wanted = _setting if requested is None else _checked(requested, "backend")
+    wanted = get_backend() if requested is None else _checked(requested, "backend")
     against: dict[str, list[str]] = {}
     chosen = "reference"
     for name in BACKENDS[:-1] if wanted == "auto" else (wanted,):

@@ -28,6 +28,7 @@ from cmt_fast.data.class_names import imagenet_class_names
 from cmt_fast.data.images import find_images, read_image
 from cmt_fast.data.preprocess import Preprocess, Transform
 from cmt_fast.models.checkpoint import load_checkpoint, load_model, read_checkpoint
+from cmt_fast.models.checkpoint_fit import describe_layout, layout_of
 from cmt_fast.models.cmt import CMT
 from cmt_fast.models.create import create
 from cmt_fast.models.variants import VARIANTS
@@ -189,6 +190,9 @@ def _from_file(path: Path, name: str | None) -> Trained:
     content = read_checkpoint(path, mmap=True)
     if content.config is not None:
         model = load_model(path)
+        held, asked = layout_of(model.state_dict()), VARIANTS[name].config if name else None
+        if asked and held != (asked["embed_dims"], asked["depths"]):
+            raise ValueError(f"{path} holds {describe_layout(held)}, but --model says {name}: leave --model out")
     elif name is None:
         raise ValueError(f"{path} does not say which model it holds: give --model too, one of {', '.join(VARIANTS)}")
     else:

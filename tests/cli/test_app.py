@@ -1,5 +1,6 @@
 """The command line as a whole."""
 
+import os
 import subprocess
 import sys
 
@@ -8,8 +9,9 @@ import pytest
 import cmt_fast
 
 
-def run(*arguments):
-    return subprocess.run([sys.executable, "-m", "cmt_fast", *arguments], capture_output=True, text=True)
+def run(*arguments, **environment):
+    command = [sys.executable, "-m", "cmt_fast", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
 
 
 def test_version():
@@ -34,3 +36,9 @@ def test_a_mistake_is_one_clear_message(arguments, words):
     result = run(*arguments)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert words in " ".join(result.stderr.split())
+
+
+def test_a_wrong_environment_variable_is_one_line():
+    result = run("info", CMT_FAST_BACKEND="foo", COLUMNS="200")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+    assert "CMT_FAST_BACKEND must be one of 'auto', 'triton', 'native', 'reference', got 'foo'" in result.stderr

@@ -147,6 +147,7 @@ def test_imagenet_names():
         (["IMAGE", "--checkpoint", "gone.pth"], "gone.pth"),
         (["IMAGE", "--checkpoint", "CHECKPOINT", "--pretrained"], "choose one"),
         (["IMAGE", "--checkpoint", "BARE"], "does not say which model it holds: give --model"),
+        (["IMAGE", "--checkpoint", "CHECKPOINT", "--model", "cmt_s"], "but --model says cmt_s: leave --model out"),
         (["IMAGE", "--checkpoint", "IMAGE"], "IMAGE"),
         (["gone.png", "--checkpoint", "CHECKPOINT"], "no file or folder gone.png"),
         (["EMPTY", "--checkpoint", "CHECKPOINT"], "holds no image"),
