@@ -70,9 +70,14 @@ def load_checkpoint(
     Raises:
         CheckpointError: if the file is no checkpoint, cannot be downloaded, or does not match; every name is listed.
         OSError: if the file is missing or unreadable.
-        TypeError: if ``model`` holds no CMT.
+        TypeError: if ``model`` holds no CMT, or a state dict is given instead of a file.
     """
     cmt = find_cmt(model)
+    if isinstance(path_or_url, Mapping):
+        raise TypeError(
+            f"expected a path or URL, got a {type(path_or_url).__name__}, not a file: load a state dict with "
+            "model.load_state_dict(state_dict), or pass the path of its file"
+        )
     if cmt.stem_conv1.weight.is_meta:
         raise CheckpointError("the model has no memory yet (device meta): call model.to_empty(device=...) first")
     checkpoint = read_checkpoint(path_or_url, key=key, progress=progress, mmap=True)
@@ -154,6 +159,7 @@ def save_checkpoint(
 
     Raises:
         TypeError: if ``extra`` holds what a safe loader would refuse; the message names the place.
+        ValueError: if the names of ``model_ema`` are not those of ``model``.
         OSError: if the file cannot be written.
     """
     cmt = find_cmt(model)
@@ -169,7 +175,11 @@ def save_checkpoint(
         METADATA_KEY: {"version": __version__, "img_size": list(cmt.img_size), "config": config},
     }
     if model_ema is not None:
-        content["model_ema"] = _weights(find_cmt(model_ema) if isinstance(model_ema, nn.Module) else model_ema)
+        ema = _weights(find_cmt(model_ema) if isinstance(model_ema, nn.Module) else model_ema)
+        for what, names in (("lacks", content["model"].keys() - ema), ("also holds", ema.keys() - content["model"])):
+            if names:
+                raise ValueError(f"model_ema is not of this model: it {what} {', '.join(sorted(names)[:10])}")
+        content["model_ema"] = ema
     for name, value in extra.items():
         check_plain(value, name)
     content.update(extra)

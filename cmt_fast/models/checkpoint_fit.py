@@ -146,7 +146,9 @@ def _without_classifier(
     """Skip the classifier, on both sides, where the numbers of classes differ. Returns what is still to be loaded."""
     weight = state.get("head.weight")
     classes = weight.shape[0] if isinstance(weight, Tensor) and weight.dim() == 2 else 0
-    if classes == model.num_classes:
+    target = targets.get("head.weight")
+    width_differs = target is not None and isinstance(weight, Tensor) and weight.shape[1:] != target.shape[1:]
+    if classes == model.num_classes or width_differs:
         return targets
     names = ("head.weight", "head.bias")
     reason = f"the file has {classes} classes, the model {model.num_classes}"
@@ -195,6 +197,13 @@ def _grids(
         size = (side, side)
     grids = _matching_grids(size, model.sr_ratios, shapes)
     if grids is None:
+        odd = [stage for stage in tables if tables[stage].shape != targets[f"relative_pos_{stage}"].shape]
+        if len(odd) == 1 and img_size is None and not _is_near(model, shapes):
+            name, shape = f"relative_pos_{odd[0]}", tuple(tables[odd[0]].shape)
+            raise CheckpointError(
+                f"{name} {shape} of {source} belongs to no image size, and the model's is {tuple(targets[name].shape)}, as "
+                "every other table's size is the model's: the file is damaged or was edited"
+            )
         found = ", ".join(f"relative_pos_{stage} {tuple(table.shape)}" for stage, table in tables.items())
         problem = (
             "do not belong to a square image: pass source_img_size=(height, width), the size the weights were trained at"
@@ -203,6 +212,13 @@ def _grids(
         )
         raise CheckpointError(f"the position bias tables of {source} ({found}) {problem}")
     return {stage: (grids[stage], own[stage]) for stage in tables}
+
+
+def _is_near(model: CMT, shapes: dict[str, tuple[int, int]]) -> bool:
+    """Whether the tables may be of an image that differs by one token of stage a, the finest, in height or width."""
+    height, width = model.img_size
+    near = [(height + dy, width + dx) for dy in (-4, 0, 4) for dx in (-4, 0, 4)]
+    return any(_matching_grids(size, model.sr_ratios, shapes) is not None for size in near)
 
 
 def _matching_grids(

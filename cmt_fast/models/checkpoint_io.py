@@ -176,7 +176,9 @@ def _read_torch(path: Path, start: bytes, mmap: bool) -> Any:
                 'only its tensors where you trust it: torch.save({"model": torch.load(path, weights_only=False)["model"]}, '
                 "new_path)"
             ) from error
-        reason = (str(error).splitlines() or [""])[0]
+        # torch's own message begins with the advice to load without weights_only.
+        lines = str(error).rpartition("WeightsUnpickler error: ")[2].splitlines()
+        reason = next((line for line in lines if "weights_only" not in line), "not what torch.save writes")
         raise CheckpointError(
             f"{path} is not a checkpoint, or it is incomplete (it starts with {start!r}; {type(error).__name__}: {reason}): "
             "delete it and copy or download it again"

@@ -211,6 +211,8 @@ def test_bias_of_a_size_that_is_not_square(tmp_path):
     before = copy_of(target)
     with pytest.raises(CheckpointError, match=r"relative_pos_a \(1, 384, 6\).*source_img_size=\(height, width\)"):
         load_checkpoint(target, state)
+    with pytest.raises(CheckpointError, match="pass source_img_size"):  # only the finest table differs
+        load_checkpoint(small(img_size=(64, 100)), state)
     with pytest.raises(CheckpointError, match="do not belong to an image of 96 x 96 pixels"):
         load_checkpoint(target, state, source_img_size=96)
     with pytest.raises(CheckpointError, match="do not belong to an image of 8 x 8 pixels"):
@@ -296,6 +298,18 @@ MISMATCHES = {
     "a dtype": (lambda s: {**s, "_fc.bias": torch.ones(24, dtype=torch.int8)}, [r"_fc.bias \(torch.int8 in the file"]),
     "no tensor": (lambda s: {**s, "_fc.bias": [1.0]}, [r"_fc.bias \(list in the file, a tensor in the model\)"]),
     "other heads": (lambda s: {**s, "relative_pos_a": torch.ones(3, 256, 4)}, [r"relative_pos_a \(\(3, 256, 4\)"]),
+    "a classifier of another width": (
+        lambda s: {**s, "head.weight": torch.ones(5, 9), "head.bias": torch.ones(5)},
+        [r"2 of other shape or type: head.weight \(\(5, 9\) in the file"],
+    ),
+    "one broken table": (
+        lambda s: {**s, "relative_pos_b": torch.ones(s["relative_pos_b"].shape[0], 5, 5)},
+        [r"relative_pos_b \(\d, 5, 5\) of .* belongs to no image size.*damaged"],
+    ),
+    "a broken finest table": (
+        lambda s: {**s, "relative_pos_a": torch.ones(s["relative_pos_a"].shape[0], 255, 4)},
+        ["relative_pos_a .* belongs to no image size"],
+    ),
     "half a classifier": (lambda s: without(s, "head.bias"), ["1 missing: head.bias"]),
     "a smaller model": (
         lambda s: small(depths=(1, 1, 2, 1), embed_dims=(8, 16, 16, 64)).state_dict(),
@@ -367,8 +381,9 @@ def test_refused_objects_are_named_and_not_run(tmp_path):
 def test_files_that_are_no_checkpoints(tmp_path, content, message):
     path = tmp_path / "x.pth"
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match=message) as caught:
         load_checkpoint(small(), path)
+    assert "weights_only" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
@@ -391,7 +406,7 @@ def test_missing_files(tmp_path):
         load_checkpoint(small(), tmp_path)
     with pytest.raises(ValueError, match=r"a path or an http\(s\) URL, got 's3://"):
         load_checkpoint(small(), "s3://bucket/x.pth")
-    with pytest.raises(TypeError, match=r"not (dict|\w*\.?OrderedDict)"):
+    with pytest.raises(TypeError, match=r"got a OrderedDict, not a file: .*model\.load_state_dict"):
         load_checkpoint(small(), small().state_dict())
 
 
@@ -626,6 +641,9 @@ def test_wrong_saves(tmp_path):
         save_checkpoint(nn.Linear(1, 1), tmp_path / "x.pth")
     with pytest.raises(TypeError, match="model_ema must be a model or a state dict, got dict"):
         save_checkpoint(small(), tmp_path / "x.pth", model_ema={})
+    for ema, message in (({"a": torch.ones(1)}, "it lacks _bn.bias"), ({**small().state_dict(), "a": torch.ones(1)}, "it also holds a")):  # fmt: skip
+        with pytest.raises(ValueError, match=f"model_ema is not of this model: {message}"):
+            save_checkpoint(small(), tmp_path / "x.pth", model_ema=ema)
     with pytest.raises(ValueError, match="save model_ema to a file of its own"):
         save_checkpoint(small(), tmp_path / "x.safetensors", model_ema=small())
     with pytest.raises(TypeError, match=r"weights and JSON.*\.pth"):
