@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 
@@ -28,10 +29,48 @@ def check_same(name: str, tensor: Tensor | None, other_name: str, other: Tensor)
         raise ValueError(f"{name} is on {tensor.device} but {other_name} is on {other.device}; move one of them")
 
 
+def check_dtype(name: str, tensor: Tensor | None, other_name: str, other: Tensor) -> None:
+    """Require ``tensor`` (if given) to have the dtype of ``other``; autocast may mix floating-point dtypes."""
+    if tensor is None or tensor.dtype == other.dtype:
+        return
+    device = other.device.type
+    mixed = device != "meta" and torch.is_autocast_enabled(device)  # which knows no meta device
+    if not (tensor.is_floating_point() and mixed):
+        raise TypeError(
+            f"{name} is {tensor.dtype} but {other_name} is {other.dtype}: convert one of them with .to(), or use autocast"
+        )
+
+
 def check_vector(name: str, tensor: Tensor | None, length: int) -> None:
     """Require a 1-D tensor of ``length`` elements, or ``None``."""
-    if tensor is not None and tuple(tensor.shape) != (length,):
+    if tensor is not None and (not isinstance(tensor, Tensor) or tuple(tensor.shape) != (length,)):
         raise ValueError(f"{name} must have shape ({length},), got {shape_of(tensor)}")
+
+
+def check_modules(**modules: nn.Module) -> None:
+    """Require every argument to be a module."""
+    for name, module in modules.items():
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"{name} must be a module, got {type(module).__name__}")
+
+
+def check_conv_channels(name: str, conv: nn.Module, x: Tensor) -> None:
+    """Require ``conv`` to take the channels of the map ``x`` (B, H, W, C), if it is a convolution: others tell no number."""
+    if isinstance(conv, nn.Conv2d) and conv.in_channels != x.shape[-1]:
+        raise ValueError(f"{name} takes {conv.in_channels} channels but x has {x.shape[-1]}, got x {shape_of(x)}")
+
+
+def check_grid(name: str, grid: tuple[int, int]) -> None:
+    """Require two positive whole numbers. Not asked while tracing, where a grid holds symbols."""
+    if torch.compiler.is_compiling():
+        return
+    if (
+        not isinstance(grid, (tuple, list))
+        or len(grid) != 2
+        or not all(hasattr(side, "__index__") for side in grid)
+        or any(side < 1 for side in grid if not isinstance(side, (Tensor, torch.SymInt)))
+    ):
+        raise ValueError(f"{name} must be (H, W) of positive whole numbers, got {grid!r}")
 
 
 def not_plain(name: str, module: nn.Module | None, kind: type[nn.Module]) -> list[str]:

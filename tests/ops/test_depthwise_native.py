@@ -308,7 +308,6 @@ class TestChoice:
             (nn.Identity(), "conv is a Identity, not a plain Conv2d"),
             (nn.utils.parametrizations.weight_norm(conv()), "not a plain Conv2d"),
             (nn.utils.spectral_norm(conv()), "conv has hooks"),
-            (conv().double(), "must have one dtype, got torch.float32, torch.float64"),
             (conv().to("meta"), "runs on the CPU only, got cpu, meta, meta"),
         ],
         ids=lambda value: value if isinstance(value, str) else type(value).__name__,
@@ -334,10 +333,10 @@ class TestChoice:
         assert "dtype must be float32, float64 or bfloat16, got torch.float16" in message(
             x.half(), weight.half(), bias.half()
         )
-        assert "one dtype, got torch.float32, torch.bfloat16, torch.float32" in message(weight=weight.bfloat16())
         assert "tensor subclasses need plain PyTorch, got Special, Tensor, Tensor" in message(x.as_subclass(Special))
         with torch.autocast("cpu", torch.bfloat16):
             assert "autocast is on" in message()
+            assert "one dtype, got torch.float32, torch.bfloat16, torch.float32" in message(weight=weight.bfloat16())
         with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
             assert "a torch dispatch mode is active" in message()
             depthwise_conv3x3(x, weight, bias)

@@ -619,6 +619,8 @@ conv3, reduce, attention, resize = (
     functional.resize_relative_pos,
 )
 W3, W2 = torch.randn(6, 1, 3, 3), torch.randn(6, 1, 2, 2)
+TABLE = torch.randn(2, 12, 4)
+FLOAT_CONV = nn.Conv2d(6, 6, 3, padding=1, groups=6)
 ERRORS = [
     # a map, in every operation that takes one
     (conv3, (MAP[0], W3), {}, ValueError, r"x must be a 4-D tensor \(B, H, W, C\), got \(4, 4, 6\); tokens"),
@@ -641,7 +643,41 @@ ERRORS = [
     (reduce, (MAP, torch.randn(6, 1, 2, 3)), {}, ValueError, r"k no larger than the map, got weight \(6, 1, 2, 3\)"),
     (reduce, (MAP, torch.randn(6, 1, 5, 5)), {}, ValueError, r"weight \(6, 1, 5, 5\) and x \(1, 4, 4, 6\)"),
     (reduce, (MAP, W2, torch.randn(1, 6)), {}, ValueError, r"bias must have shape \(6,\), got \(1, 6\)"),
+    (conv3, (MAP, None), {}, ValueError, "weight must have shape .* got NoneType"),
+    (conv3, (MAP, W3, 0.5), {}, ValueError, r"bias must have shape \(6,\), got float"),
+    (conv3, (MAP, W3.double()), {}, TypeError, r"weight is torch.float64 but x is torch.float32: convert .* \.to\(\)"),
+    (conv3, (MAP, W3, torch.randn(6).bfloat16()), {}, TypeError, "bias is torch.bfloat16 but x is torch.float32"),
+    (conv3, (MAP, W3), dict(shortcut=1), TypeError, "shortcut must be True or False, got int"),
+    (conv3, (MAP, W3), dict(shortcut=MAP), TypeError, "shortcut must be True or False, got Tensor"),
+    (conv3, (MAP.to(META), W3.half().to(META)), {}, TypeError, "weight is torch.float16 but x is torch.float32"),
+    (reduce, (MAP, W2.half()), {}, TypeError, "weight is torch.float16 but x is torch.float32"),
+    (reduce, (MAP, "w"), {}, ValueError, "weight must have shape .* got str"),
+    (reduce, (MAP, W2[..., :0, :0]), {}, ValueError, r"1 <= k .* got weight \(6, 1, 0, 0\)"),
+    # modules
+    (functional.lpu, (MAP, None), {}, TypeError, "conv must be a module, got NoneType"),
+    (functional.lpu, (MAP, lpu_conv(6)), {}, TypeError, "conv is torch.float64 but x is torch.float32"),
+    (functional.lpu, (MAP.double(), lpu_conv(5)), {}, ValueError, "conv takes 5 channels but x has 6"),
+    (functional.lpu, (MAP, nn.Conv2d(6, 6, 3)), {}, ValueError,
+     r"conv must keep the shape of x \(1, 4, 4, 6\), got \(1, 2, 2, 6\)"),
+    (functional.lpu, (MAP, nn.Conv2d(6, 1, 1)), {}, ValueError, r"got \(1, 4, 4, 1\)"),  # would broadcast
+    (functional.irffn, (MAP.double(),), irffn_parts(5, 6), ValueError, "expand takes 5 channels but x has 6"),
+    (functional.irffn, (MAP.double(),), irffn_parts(6, 6) | dict(dw=None), TypeError, "dw must be a module, got NoneType"),
+    (functional.lmhsa, (MAP.double(), randn(2, 16, 4)), lmhsa_parts(6, 2, 2) | dict(proj=None), TypeError,
+     "proj must be a module, got NoneType"),
+    (functional.lmhsa, (MAP.double(), randn(0, 16, 4)), lmhsa_parts(6, 2, 2) | dict(num_heads=0), ValueError,
+     "num_heads must be at least 1, got 0"),
+    (functional.lmhsa, (MAP.double(), randn(4, 16, 4)), lmhsa_parts(6, 2, 2) | dict(num_heads=4), ValueError,
+     "num_heads must divide the width of q, got num_heads 4 and width 6"),
+    (functional.lmhsa, (MAP.double(), randn(2, 16, 4)), lmhsa_parts(6, 2, 2) | dict(v=nn.Linear(6, 7)), ValueError,
+     "num_heads must divide the width of v, got num_heads 2 and width 7"),
     # attention
+    (attention, (Q.long(), K, K), {}, TypeError, "q must be floating point, got torch.int64"),
+    (attention, (Q, K.double(), K), {}, TypeError, "k is torch.float64 but q is torch.float32"),
+    (attention, (Q, K, K.half()), {}, TypeError, "v is torch.float16 but q is torch.float32"),
+    (attention, (Q, K, K, torch.randn(2, 5, 3).double()), {}, TypeError, "bias is torch.float64 but q is torch.float32"),
+    (attention, (Q.half(), K.half(), K.half(), torch.randn(2, 5, 3).bfloat16()), {}, TypeError, "bias is torch.bfloat16"),
+    (attention, (Q, K, K, torch.ones(2, 5, 3).bool()), {}, TypeError, "bias must be floating point, .* not a mask"),
+    (attention, (Q, K, K, 1.0), {}, ValueError, "bias must have shape .* got float"),
     (attention, (Q[0], K, K), {}, ValueError, r"q must be a 4-D tensor \(B, heads, tokens, head dim\), got \(2, 5, 4\)"),
     (attention, (Q, K[0], K), {}, ValueError, "k must be a 4-D tensor"),
     (attention, (Q, K, None), {}, ValueError, "v must be a 4-D tensor .* got NoneType"),
@@ -665,6 +701,14 @@ ERRORS = [
      r"relative_pos must have one column for each of the 4 keys, got \(2, 16, 1\)"),
     (resize, (torch.randn(2, 12, 4), (4, 4), (2, 2), (5, 5), (3, 3)), {}, ValueError,
      r"\(h, 16, 4\) for query grid \(4, 4\) and key grid \(2, 2\), got \(2, 12, 4\)"),
+    (functional.lmhsa, (MAP, None), lmhsa_parts(6, 2, 2), ValueError, "relative_pos must have shape .* got NoneType"),
+    (functional.lmhsa, (MAP, torch.ones(2, 16, 4).long()), lmhsa_parts(6, 2, 2), TypeError, "relative_pos must be floating"),
+    (resize, (TABLE[0], (4, 3), (2, 2), (5, 5), (3, 3)), {}, ValueError, r"bias must have shape .* got \(12, 4\)"),
+    (resize, (TABLE.long(), (4, 3), (2, 2), (5, 5), (3, 3)), {}, TypeError, "bias must be floating point"),
+    (resize, (TABLE, (12,), (2, 2), (5, 5), (3, 3)), {}, ValueError, r"query_grid must be \(H, W\) .* got \(12,\)"),
+    (resize, (TABLE, (4, 3), 4, (5, 5), (3, 3)), {}, ValueError, r"key_grid must be \(H, W\) .* got 4"),
+    (resize, (TABLE, (4, 3), (2, 2), (5, 0), (3, 3)), {}, ValueError, r"new_query_grid must be \(H, W\) .* got \(5, 0\)"),
+    (resize, (TABLE, (4, 3), (2, 2), (5, 5), (3.5, 3)), {}, ValueError, r"new_key_grid must be .* got \(3.5, 3\)"),
     # the backend
     (conv3, (MAP, W3), dict(backend="cuda"), ValueError, "backend must be one of 'auto', .*'reference', got 'cuda'"),
 ]  # fmt: skip
@@ -674,3 +718,30 @@ ERRORS = [
 def test_errors(function, args, kwargs, error, message):
     with pytest.raises(error, match=message):
         function(*args, **kwargs)
+
+
+def mixed_dtypes() -> tuple[Tensor, ...]:
+    """What autocast may mix: a bfloat16 map with float32 weights, and attention with a bias wider than its queries."""
+    low = torch.bfloat16
+    return (
+        functional.depthwise_conv3x3(MAP.to(low), W3),
+        functional.depthwise_reduce(MAP.to(low), W2),
+        functional.lpu(MAP.to(low), FLOAT_CONV),
+        attention(Q.to(low), K, K, torch.randn(2, 5, 3)),
+    )
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast_may_mix_dtypes(compiled):
+    function = torch.compile(mixed_dtypes, fullgraph=True, backend="eager") if compiled else mixed_dtypes
+    with torch.autocast("cpu", torch.bfloat16):
+        function()
+    with pytest.raises(TypeError, match=r"weight is torch\.float32 but x is torch\.bfloat16"):
+        mixed_dtypes()
+
+
+def test_attention_takes_a_narrower_bias():
+    bias = torch.randn(2, 5, 3).bfloat16()
+    compiled = torch.compile(attention, fullgraph=True, backend="eager")
+    for function in (attention, compiled):
+        torch.testing.assert_close(function(Q, K, K, bias), attention(Q, K, K, bias.float()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from cmt_fast.ops.checks import shape_of
+from cmt_fast.ops.checks import check_grid, shape_of
 
 Grid = tuple[int, int]
 
@@ -27,14 +27,20 @@ def resize_relative_pos(
         (h, Hq' * Wq', Hk' * Wk') in the dtype of ``bias``; ``bias`` itself where nothing changes.
 
     Raises:
-        ValueError: if ``bias`` does not have the shape of its grids.
+        ValueError: if ``bias`` does not have the shape of its grids, or a grid is not two positive numbers.
+        TypeError: if ``bias`` is not floating point.
     """
-    heads = bias.shape[0]
+    check_grid("query_grid", query_grid)
+    check_grid("key_grid", key_grid)
+    check_grid("new_query_grid", new_query_grid)
+    check_grid("new_key_grid", new_key_grid)
     (hq, wq), (hk, wk) = query_grid, key_grid
-    if tuple(bias.shape) != (heads, hq * wq, hk * wk):
+    if not isinstance(bias, Tensor) or bias.dim() != 3 or tuple(bias.shape[1:]) != (hq * wq, hk * wk):
         raise ValueError(
             f"bias must have shape (h, {hq * wq}, {hk * wk}) for query grid {query_grid} and key grid {key_grid}, got {shape_of(bias)}"
         )
+    if not bias.is_floating_point():
+        raise TypeError(f"bias must be floating point, got {bias.dtype}")
     same_queries, same_keys = _same(query_grid, new_query_grid), _same(key_grid, new_key_grid)
     if same_queries and same_keys:
         return bias

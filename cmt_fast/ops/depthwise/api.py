@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from cmt_fast.backend import select
-from cmt_fast.ops.checks import check_map, check_same, check_vector, shape_of
+from cmt_fast.ops.checks import check_dtype, check_map, check_same, check_vector, shape_of
 from cmt_fast.ops.depthwise.autograd import depthwise_conv3x3_native
 from cmt_fast.ops.depthwise.native import native_reasons
 from cmt_fast.ops.depthwise.reference import depthwise_conv3x3_reference, depthwise_reduce_reference
@@ -21,8 +21,8 @@ def depthwise_conv3x3(
 
     Args:
         x: (B, H, W, C), floating point, any strides.
-        weight: (C, 1, 3, 3), the layout of ``nn.Conv2d(C, C, 3, groups=C)``.
-        bias: (C,) or None.
+        weight: (C, 1, 3, 3), the layout of ``nn.Conv2d(C, C, 3, groups=C)``, in the dtype of ``x`` unless autocast is on.
+        bias: (C,) or None, in the dtype of ``x`` likewise.
         shortcut: add ``x``.
         backend: see :func:`cmt_fast.use_backend`; None takes the process-wide setting.
 
@@ -35,6 +35,8 @@ def depthwise_conv3x3(
     """
     check_map(x)
     _check_filter(x, weight, bias)
+    if not isinstance(shortcut, bool):
+        raise TypeError(f"shortcut must be True or False, got {type(shortcut).__name__}")
     if tuple(weight.shape[2:]) != (3, 3):
         raise ValueError(f"weight must have shape ({x.shape[-1]}, 1, 3, 3), got {shape_of(weight)}")
     candidates = {"native": lambda: native_reasons(x, weight, bias)}
@@ -48,8 +50,8 @@ def depthwise_reduce(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, b
 
     Args:
         x: (B, H, W, C), floating point, any strides. Rows and columns beyond a multiple of k are not read.
-        weight: (C, 1, k, k).
-        bias: (C,) or None.
+        weight: (C, 1, k, k), in the dtype of ``x`` unless autocast is on.
+        bias: (C,) or None, in the dtype of ``x`` likewise.
         backend: see :func:`cmt_fast.use_backend`.
 
     Returns:
@@ -62,9 +64,9 @@ def depthwise_reduce(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, b
     check_map(x)
     _check_filter(x, weight, bias)
     k = weight.shape[-1]
-    if weight.shape[-2] != k or min(x.shape[1:3]) < k:
+    if weight.shape[-2] != k or k < 1 or min(x.shape[1:3]) < k:
         raise ValueError(
-            f"weight must have shape (C, 1, k, k) with k no larger than the map, got weight {shape_of(weight)} and x {shape_of(x)}"
+            f"weight must have shape (C, 1, k, k) with 1 <= k no larger than the map, got weight {shape_of(weight)} and x {shape_of(x)}"
         )
     select("depthwise_reduce", {}, backend, device=x.device)
     return depthwise_reduce_reference(x, weight, bias)
@@ -72,10 +74,12 @@ def depthwise_reduce(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, b
 
 def _check_filter(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     channels = x.shape[-1]
-    if weight.dim() != 4 or weight.shape[0] != channels or weight.shape[1] != 1:
+    if not isinstance(weight, Tensor) or weight.dim() != 4 or weight.shape[0] != channels or weight.shape[1] != 1:
         raise ValueError(
             f"weight must have shape (C, 1, k, k) with C = {channels} channels of x, got {shape_of(weight)}"
         )
     check_vector("bias", bias, channels)
     check_same("weight", weight, "x", x)
     check_same("bias", bias, "x", x)
+    check_dtype("weight", weight, "x", x)
+    check_dtype("bias", bias, "x", x)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from cmt_fast.backend import select
-from cmt_fast.ops.checks import check_map, check_same, shape_of
+from cmt_fast.ops.checks import check_map, check_modules, check_same, shape_of
 from cmt_fast.ops.lmhsa.reference import lmhsa_reference
 
 
@@ -50,15 +50,30 @@ def lmhsa(
         (B, H, W, C).
 
     Raises:
-        ValueError, TypeError: on a wrong shape, dtype or device.
+        ValueError: on a wrong shape or device, or if ``num_heads`` does not divide the width of a linear q, k or v.
+        TypeError: if ``x`` or ``relative_pos`` is not floating point, or a part is no module.
         BackendError: if ``backend`` names one that cannot run this call.
     """
     check_map(x)
+    check_modules(q=q, k=k, v=v, proj=proj)
+    if num_heads < 1:
+        raise ValueError(f"num_heads must be at least 1, got {num_heads}")
+    for name, linear in (("q", q), ("k", k), ("v", v)):
+        if isinstance(linear, nn.Linear) and linear.out_features % num_heads:
+            raise ValueError(
+                f"num_heads must divide the width of {name}, got num_heads {num_heads} and width {linear.out_features}"
+            )
     tokens = x.shape[1] * x.shape[2]
-    if relative_pos.dim() != 3 or tuple(relative_pos.shape[:2]) != (num_heads, tokens):
+    if (
+        not isinstance(relative_pos, Tensor)
+        or relative_pos.dim() != 3
+        or tuple(relative_pos.shape[:2]) != (num_heads, tokens)
+    ):
         raise ValueError(
             f"relative_pos must have shape (num_heads, H * W, keys) = ({num_heads}, {tokens}, keys), got {shape_of(relative_pos)}"
         )
+    if not relative_pos.is_floating_point():
+        raise TypeError(f"relative_pos must be floating point, got {relative_pos.dtype}")
     check_same("relative_pos", relative_pos, "x", x)
     select("lmhsa", {}, backend, device=x.device)
     return lmhsa_reference(

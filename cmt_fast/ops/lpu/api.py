@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from cmt_fast.backend import select
-from cmt_fast.ops.checks import check_map, not_plain
+from cmt_fast.ops.checks import check_conv_channels, check_dtype, check_map, check_modules, not_plain
 from cmt_fast.ops.depthwise.autograd import depthwise_conv3x3_native
 from cmt_fast.ops.depthwise.native import native_reasons
 from cmt_fast.ops.lpu.reference import lpu_reference
@@ -23,10 +23,15 @@ def lpu(x: Tensor, conv: nn.Module, *, backend: str | None = None) -> Tensor:
         (B, H, W, C).
 
     Raises:
-        ValueError, TypeError: on a wrong shape or dtype of ``x``.
+        ValueError: on a wrong shape of ``x``, or if ``conv`` does not take or does not return that shape.
+        TypeError: on a wrong dtype, or if ``conv`` is no module.
         BackendError: if ``backend`` names one that cannot run this call.
     """
     check_map(x)
+    check_modules(conv=conv)
+    check_conv_channels("conv", conv, x)
+    if isinstance(conv, nn.Conv2d) and not not_plain("conv", conv, nn.Conv2d):  # others may convert what they take
+        check_dtype("conv", conv.weight, "x", x)
     if select("lpu", {"native": lambda: _native_reasons(x, conv)}, backend, device=x.device) == "native":
         assert isinstance(conv, nn.Conv2d)  # or there were reasons against it
         return depthwise_conv3x3_native(x, conv.weight, conv.bias, True)
