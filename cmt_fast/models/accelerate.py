@@ -26,6 +26,10 @@ def accelerate(model: nn.Module, *, strict: bool = True) -> CMT:
     over module by module; weight decay of the bias tables stays as the original asks for it. Hooks, replaced modules
     and anything else that our forward would pass over is an error.
 
+    Move and convert ``model`` before, and use one of the two models from then on: ``.double()`` or ``.to()`` of one gives
+    it buffers of its own, so that the two no longer share their running statistics. ``nn.SyncBatchNorm`` comes after:
+    accelerate first, then ``nn.SyncBatchNorm.convert_sync_batchnorm`` of the result.
+
     Args:
         model: the original, or any model with its attributes; not wrapped (pass ``model.module`` of a DDP). A
             :class:`cmt_fast.CMT` is returned as it is.
@@ -105,6 +109,11 @@ def _check_kind(ours: nn.Module, theirs: Any, path: str, strict: bool) -> None:
         _check_swish(theirs, path)
     elif not isinstance(ours, DropPath):
         expected = nn.Conv2d if isinstance(ours, PointwiseConv) else type(ours)
+        if type(theirs) is nn.SyncBatchNorm:
+            raise ValueError(
+                f"{_at(path)} is a SyncBatchNorm, expected the original's {expected.__name__}: accelerate the model first, "
+                "then convert the result with nn.SyncBatchNorm.convert_sync_batchnorm"
+            )
         if type(theirs) not in (expected, type(ours)):
             raise ValueError(f"{_at(path)} is a {_name(theirs)}, expected the original's {expected.__name__}")
         settings: dict[type, tuple[str, ...]] = {

@@ -258,6 +258,10 @@ ALTERED = {
         set_at("_bn", nn.BatchNorm2d(24, track_running_stats=False)),
         r"_bn has the buffers|_bn is BatchNorm2d\(.*track_running_stats=False",
     ),
+    "synchronised norms": (
+        set_at("_bn", nn.SyncBatchNorm(24)),
+        "_bn is a SyncBatchNorm, expected the original's BatchNorm2d: accelerate the model first, then convert",
+    ),
     "another swish": (set_at("_swish", nn.ReLU()), "_swish is a ReLU, which does not compute swish"),
     "a drop path that does not rescale": (
         set_at("blocks_d.1.drop_path.scale_by_keep", False),
