@@ -16,7 +16,7 @@ from cmt_fast.cli.console import console
 from cmt_fast.cli.progress import bar
 from cmt_fast.models.variants import VARIANTS
 from cmt_fast.testing.benchmark import DTYPES, MODES, PROVIDERS, Row
-from cmt_fast.testing.results import device_name, machine, write_json
+from cmt_fast.testing.results import check_folder, device_name, machine, write_json
 from cmt_fast.training.config import find_device
 
 
@@ -53,6 +53,8 @@ def bench(
     from cmt_fast.testing.benchmark import bench as run_benchmark
 
     where = find_device(device)
+    if json:
+        check_folder(json)
     if threads is not None:
         if threads < 1:
             raise ValueError(f"threads must be at least 1, got {threads}")

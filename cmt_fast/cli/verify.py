@@ -15,7 +15,7 @@ from rich.table import Table
 from cmt_fast.backend import BACKENDS
 from cmt_fast.cli.console import console
 from cmt_fast.cli.progress import bar
-from cmt_fast.testing.results import machine, write_json
+from cmt_fast.testing.results import check_folder, machine, write_json
 from cmt_fast.testing.verification import DTYPES, OPS, Check
 from cmt_fast.training.config import find_device
 
@@ -50,6 +50,8 @@ def verify(
     from cmt_fast.testing.verification import verify as run_checks
 
     where = find_device(device)
+    if json:
+        check_folder(json)
     with bar(console) as progress:
         checks = run_checks(backend, op, dtype, where, progress, quick=quick)
     ran = [check for check in checks if check.passed is not None]

@@ -51,10 +51,21 @@ def device_name(facts: dict[str, Any]) -> str:
     return str(facts.get("gpu") or facts["cpu"])
 
 
+def check_folder(path: str | os.PathLike[str]) -> None:
+    """Require the folder that ``path`` is to be written to, before the work of which it will hold the results.
+
+    Raises:
+        FileNotFoundError: if the folder does not exist.
+    """
+    folder = Path(path).absolute().parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"the folder {folder} does not exist: create it first")
+
+
 def write_json(path: str | os.PathLike[str], data: object) -> None:
-    """Write ``data`` as JSON to ``path``, whole or not at all; folders are made. NaN and infinity become null."""
+    """Write ``data`` as JSON to ``path``, whole or not at all, in a folder that exists. NaN and infinity become null."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_folder(path)
     text = json.dumps(_finite(data), indent=1, allow_nan=False) + "\n"
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

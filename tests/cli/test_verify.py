@@ -61,6 +61,7 @@ def test_a_backend_that_cannot_run_is_no_success():
         (["--dtype", "half"], "unknown dtype 'half'; expected one of float64, float32"),
         (["--device", "tpu"], "device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
         (["--op", "lpu", "--dtype", "float64"], "nothing to verify: float64 compares whole models only"),
+        (["--json", "/missing/folder/x.json"], "the folder /missing/folder does not exist: create it first"),
         (["--nonsense"], "No such option: --nonsense"),
     ],
 )

@@ -20,10 +20,13 @@ def test_the_machine_is_described():
 
 
 def test_files_are_written_whole(tmp_path):
-    path = tmp_path / "new folder" / "file.json"
+    path = tmp_path / "file.json"
     results.write_json(path, {"a": [1.5, math.nan, math.inf], "b": None})
     assert json.loads(path.read_text()) == {"a": [1.5, None, None], "b": None}
     assert [p.name for p in path.parent.iterdir()] == ["file.json"]
+    with pytest.raises(FileNotFoundError, match=r"the folder .*nowhere does not exist: create it first"):
+        results.write_json(tmp_path / "nowhere" / "file.json", {})
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
