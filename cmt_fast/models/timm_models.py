@@ -14,6 +14,7 @@ from timm.models._registry import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from cmt_fast.models.checkpoint_fit import clean_names, fit_state_dict
+from cmt_fast.models.checkpoint_io import local_file
 from cmt_fast.models.cmt import CMT
 from cmt_fast.models.create import default_cfg
 from cmt_fast.models.variants import VARIANTS
@@ -29,6 +30,8 @@ def _fit(state: Mapping[str, Any], model: CMT) -> dict[str, Tensor]:
 
 
 def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    if pretrained and not any(kwargs.get(other) for other in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")):
+        local_file(VARIANTS[name].url)  # to where timm looks first; a failure says what to do, which timm's does not
     return build_model_with_cfg(
         CMT,
         name,

@@ -3,6 +3,7 @@
 
 import subprocess
 import sys
+import urllib.error
 
 import pytest
 import torch
@@ -274,6 +275,16 @@ def test_pretrained_that_does_not_match(published, overlay):
         small(pretrained=True, depths=(1, 1, 1, 1), **source)
     with pytest.raises(cmt_fast.CheckpointError, match="does not match"):
         small(pretrained=True, depths=(1, 1, 1, 1), num_classes=3, **source)
+
+
+def test_pretrained_offline_says_what_to_do(tmp_path, monkeypatch):
+    def urlopen(*args, **kwargs):
+        raise urllib.error.URLError("Temporary failure in name resolution")
+
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "urlopen", urlopen)
+    with pytest.raises(cmt_fast.CheckpointError, match=r"name resolution.*put the file at .*cmt_tiny\.pth"):
+        timm.create_model("cmt_ti", pretrained=True)
 
 
 def test_timm_saves_what_we_load(tmp_path):
