@@ -38,6 +38,7 @@ class ResultFile:
         """Add a row, in place of an older one with the same key, and write the file."""
         rows = [old for old in self.data["rows"] if key(old) != key(row)]
         self.data["rows"] = [*rows, dict(row)]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path, self.data)
 
 
