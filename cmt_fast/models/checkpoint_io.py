@@ -176,9 +176,9 @@ def _read_torch(path: Path, start: bytes, mmap: bool) -> Any:
                 'only its tensors where you trust it: torch.save({"model": torch.load(path, weights_only=False)["model"]}, '
                 "new_path)"
             ) from error
-        # torch's own message begins with the advice to load without weights_only.
+        # Not torch's advice to load without weights_only, which stands before the reason.
         lines = str(error).rpartition("WeightsUnpickler error: ")[2].splitlines()
-        reason = next((line for line in lines if "weights_only" not in line), "not what torch.save writes")
+        reason = next((line for line in lines if line and "weights_only" not in line), "not what torch.save writes")
         raise CheckpointError(
             f"{path} is not a checkpoint, or it is incomplete (it starts with {start!r}; {type(error).__name__}: {reason}): "
             "delete it and copy or download it again"
