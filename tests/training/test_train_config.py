@@ -27,7 +27,7 @@ from cmt_fast.training.config import TrainConfig
         (dict(device="cuda:99"), "no device cuda:99"),
         (dict(backend="fast"), "backend must be one of 'auto'"),
         (dict(img_size=8), "both sides must be at least"),
-        (dict(model_args=dict(embed_dims=[8, 16, 32])), "embed_dims must hold four positive numbers"),
+        (dict(model_args=dict(embed_dims=[8, 16, 32])), "embed_dims must hold four positive integers"),
     ],
 )
 def test_wrong_settings(changes, message):
