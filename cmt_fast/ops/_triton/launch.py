@@ -1,0 +1,47 @@
+"""A kernel launch as plain data: made once from tensors, then run, compiled ahead of time, or counted.
+
+A launcher (``ops/<op>/triton_launch.py``) turns the tensors of a call into a :class:`Launch` and runs it. The static table makes the same
+launches from tensors on the ``meta`` device and compiles them without a GPU; a trace adds up their bytes and operations. So what is
+checked, counted and run cannot differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of one kernel.
+
+    Attributes:
+        kernel: the ``@triton.jit`` function.
+        grid: programs along each axis.
+        arguments: what the kernel takes at run time, by parameter name: tensors, integers, floats, or None.
+        constants: its ``tl.constexpr`` parameters by name.
+        num_warps, num_stages: Triton's options.
+        reads, writes: bytes that must move at least once; each input counts once, whatever caches do.
+        flops: operations of the matrix products, 2 a multiply-add.
+        elements: outputs of the elementwise part, that instruction counts are divided by.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: Mapping[str, Tensor | int | float | None]
+    constants: Mapping[str, Any]
+    num_warps: int
+    num_stages: int
+    reads: int
+    writes: int
+    flops: int
+    elements: int
+
+    def run(self) -> None:
+        """Launch on the current stream of the tensors' device (in Triton's interpreter: run)."""
+        self.kernel[self.grid](
+            **self.arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages
+        )
