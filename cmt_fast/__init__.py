@@ -3,6 +3,7 @@
 from cmt_fast import functional
 from cmt_fast._version import __version__
 from cmt_fast.backend import BackendError, explain, get_backend, set_backend, use_backend
+from cmt_fast.inference.optimize import OptimizedModel, optimize
 from cmt_fast.models.accelerate import accelerate
 from cmt_fast.models.checkpoint import CheckpointError, load_checkpoint, load_model, read_checkpoint, save_checkpoint
 from cmt_fast.models.cmt import CMT
@@ -16,6 +17,7 @@ __all__ = [
     "BackendError",
     "CMTFeatures",
     "CheckpointError",
+    "OptimizedModel",
     "__version__",
     "accelerate",
     "cmt_b",
@@ -28,6 +30,7 @@ __all__ = [
     "get_backend",
     "load_checkpoint",
     "load_model",
+    "optimize",
     "read_checkpoint",
     "save_checkpoint",
     "set_backend",

@@ -111,11 +111,16 @@ def select(
             f"backend {wanted!r} cannot run {op}: {'; '.join(against[wanted])}. "
             'Use backend="auto" to let cmt_fast choose, or backend="reference" for plain PyTorch.'
         )
-    if _recorder is not None:
-        _recorder.add(op, chosen, against)
+    record(op, chosen, against)
     if chosen == "reference" and wanted == "auto" and device is not None and device.type == "cuda":
         _warn_once(op, against)
     return chosen
+
+
+def record(op: str, chosen: str, against: Mapping[str, list[str]]) -> None:
+    """Tell :func:`explain`, if it listens, what ran. For what chose its backend before the call."""
+    if _recorder is not None:
+        _recorder.add(op, chosen, against)
 
 
 def _warn_once(op: str, against: Mapping[str, list[str]]) -> None:
@@ -131,9 +136,9 @@ class Explanation:
     """What :func:`explain` found: per operation, the backend that ran, how often, and the reasons against the others."""
 
     calls: Counter[tuple[str, str]] = field(default_factory=Counter)
-    against: dict[tuple[str, str], dict[str, list[str]]] = field(default_factory=dict)
+    against: dict[tuple[str, str], Mapping[str, list[str]]] = field(default_factory=dict)
 
-    def add(self, op: str, chosen: str, against: dict[str, list[str]]) -> None:
+    def add(self, op: str, chosen: str, against: Mapping[str, list[str]]) -> None:
         self.calls[op, chosen] += 1
         self.against.setdefault((op, chosen), against)
 

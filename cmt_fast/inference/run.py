@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
-from cmt_fast.inference.program import PackedModel
+from cmt_fast.inference.program import PackedModel, Stage, Stem
 from cmt_fast.inference.torch_steps import TORCH, StepFunctions
 from cmt_fast.models.grids import stage_grids
 from cmt_fast.ops.attention.relative_pos import resize_relative_pos
@@ -15,7 +15,9 @@ from cmt_fast.ops.checks import shape_of
 from cmt_fast.ops.layout import nchw
 
 
-def run(packed: PackedModel, x: Tensor, functions: StepFunctions = TORCH) -> Tensor | list[Tensor]:
+def run(
+    packed: PackedModel, x: Tensor, functions: StepFunctions = TORCH, *, chunk_bytes: int | None = None
+) -> Tensor | list[Tensor]:
     """What the packed model's ``forward`` returns in eval mode.
 
     Args:
@@ -23,6 +25,8 @@ def run(packed: PackedModel, x: Tensor, functions: StepFunctions = TORCH) -> Ten
         x: (B, in_chans, H, W), floating point, on the program's device; it is converted to the program's dtype. Any size
             that the model takes: the position bias is resized where it is not ``packed.img_size``.
         functions: how each step is computed.
+        chunk_bytes: take a batch through each stage in chunks of so many images that the widest map of a chunk, the hidden
+            one of the IRFFN, has about this size and stays in a cache; at least one image. None: the whole batch at once.
 
     Returns:
         Of a packed :class:`cmt_fast.CMT` the class scores (B, num_classes), or the features before the classifier; of a
@@ -31,43 +35,66 @@ def run(packed: PackedModel, x: Tensor, functions: StepFunctions = TORCH) -> Ten
     Raises:
         ValueError, TypeError: on a wrong shape, size, device or dtype of ``x``.
     """
-    _check_input(packed, x)
-    wanted = packed.out_indices if packed.head is None else (len(packed.stages) - 1,)
-    with torch.autocast(x.device.type, enabled=False):  # the program has its own dtypes
-        maps = _maps(packed, x, functions, wanted)
-        if packed.head is None:
-            return [_public(packed, i, maps[i]) for i in wanted]
-        return functions.head(packed.head, maps[wanted[0]])
-
-
-def run_features(packed: PackedModel, x: Tensor, functions: StepFunctions = TORCH) -> Tensor:
-    """The last stage's map, as ``forward_features`` of the packed model: (B, C, H / stride, W / stride).
-
-    Arguments and errors are those of :func:`run`.
-    """
+    if packed.head is None:
+        return run_features(packed, x, packed.out_indices, functions, chunk_bytes=chunk_bytes)
     _check_input(packed, x)
     last = len(packed.stages) - 1
+    with torch.autocast(x.device.type, enabled=False):  # the program has its own dtypes
+        return functions.head(packed.head, _maps(packed, x, functions, (last,), chunk_bytes)[last])
+
+
+def run_features(
+    packed: PackedModel,
+    x: Tensor,
+    stages: Sequence[int] | None = None,
+    functions: StepFunctions = TORCH,
+    *,
+    chunk_bytes: int | None = None,
+) -> list[Tensor]:
+    """The maps of ``stages`` (all by default), (B, C, H / stride, W / stride) each, channels_last in memory.
+
+    No stage after the last one wanted runs. The other arguments and errors are those of :func:`run`.
+    """
+    _check_input(packed, x)
+    wanted = range(len(packed.stages)) if stages is None else stages
     with torch.autocast(x.device.type, enabled=False):
-        return _public(packed, last, _maps(packed, x, functions, (last,))[last])
+        maps = _maps(packed, x, functions, wanted, chunk_bytes)
+        return [_public(packed, i, maps[i]) for i in wanted]
 
 
-def _maps(packed: PackedModel, x: Tensor, functions: StepFunctions, wanted: Collection[int]) -> dict[int, Tensor]:
+def _maps(
+    packed: PackedModel, x: Tensor, functions: StepFunctions, wanted: Collection[int], chunk_bytes: int | None
+) -> dict[int, Tensor]:
     """The maps of the stages ``wanted``, (B, H, W, C) with their padding."""
     grids = stage_grids((x.shape[2], x.shape[3]), packed.sr_ratios)
     own_grids = stage_grids(packed.img_size, packed.sr_ratios)
     maps = {}
-    x = functions.stem(packed.stem, x.to(packed.dtype))
-    for i, (stage, grid, own) in enumerate(zip(packed.stages, grids, own_grids)):
-        table = resize_relative_pos(stage.table, *own, *grid)
-        x = functions.patch_embed(stage.patch_embed, x)
-        for block in stage.blocks:
-            y, reduced = functions.lpu(block.lpu, x)
-            keys_values = functions.kv(block.kv, reduced)
-            z = functions.attention(block.attention, block.kv, y, keys_values, table)
-            x = functions.depthwise_project(block.depthwise_project, functions.expand(block.expand, z), z)
+    for i in range(max(wanted) + 1):
+        stage, grid = packed.stages[i], grids[i]
+        table = resize_relative_pos(stage.table, *own_grids[i], *grid)
+        stem = packed.stem if i == 0 else None
+        if chunk_bytes is None:
+            x = _stage(stem, stage, table, x, functions)
+        else:
+            hidden = grid.num_queries * len(stage.blocks[0].expand.bias) * packed.dtype.itemsize
+            chunks = [_stage(stem, stage, table, c, functions) for c in x.split(max(1, chunk_bytes // hidden))]
+            x = chunks[0] if len(chunks) == 1 else torch.cat(chunks)
         if i in wanted:
             maps[i] = x
     return maps
+
+
+def _stage(stem: Stem | None, stage: Stage, table: Tensor, x: Tensor, functions: StepFunctions) -> Tensor:
+    """One stage, the first with the stem before it."""
+    if stem is not None:
+        x = functions.stem(stem, x.to(stem.weight1.dtype))
+    x = functions.patch_embed(stage.patch_embed, x)
+    for block in stage.blocks:
+        y, reduced = functions.lpu(block.lpu, x)
+        keys_values = functions.kv(block.kv, reduced)
+        z = functions.attention(block.attention, block.kv, y, keys_values, table)
+        x = functions.depthwise_project(block.depthwise_project, functions.expand(block.expand, z), z)
+    return x
 
 
 def _public(packed: PackedModel, index: int, x: Tensor) -> Tensor:

@@ -42,6 +42,4 @@ class Launch:
 
     def run(self) -> None:
         """Launch on the current stream of the tensors' device (in Triton's interpreter: run)."""
-        self.kernel[self.grid](
-            **self.arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages
-        )
+        self.kernel[self.grid](**self.arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages)
