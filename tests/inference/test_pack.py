@@ -224,7 +224,7 @@ def test_features(out_indices, size):
 )
 def test_within_the_policy(widths, dtype, absorb):
     model = random_model(**widths).to(dtype)
-    x = image(64, 64).to(dtype)
+    x = image(64, 64, batch=8).to(dtype)  # the largest of few errors is luck, on one CPU good and on another bad
     packed = pack(model, dtype=dtype, absorb=absorb)
     with torch.no_grad():
         exact, plain = in_double(model), model
