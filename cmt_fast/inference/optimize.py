@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cmt_fast.backend import Explanation, record, select
+from cmt_fast.inference.native import native_reasons, prepare
 from cmt_fast.inference.pack import pack
 from cmt_fast.inference.program import PackedModel
 from cmt_fast.inference.run import run, run_features
@@ -72,9 +73,9 @@ class OptimizedModel(nn.Module):
         super().__init__()
         self.img_size, self.in_chans, self.out_indices = packed.img_size, packed.in_chans, packed.out_indices
         self.dtype, self.device = packed.dtype, packed.device
-        self._against: dict[str, list[str]] = {}
-        self.backend = select("optimize", {}, backend, device=packed.device)
-        self._program, self._functions = packed, TORCH
+        self._against = {"native": native_reasons(packed)}
+        self.backend = select("optimize", {"native": lambda: self._against["native"]}, backend, device=packed.device)
+        self._program, self._functions = prepare(packed) if self.backend == "native" else (packed, TORCH)
         self._chunk_bytes = CHUNK_BYTES if packed.device.type == "cpu" else None
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:

@@ -4,9 +4,9 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
-#include <string>
 #include <vector>
 
+#include "checks.h"
 #include "depthwise_inner.h"
 #include "ops.h"
 
@@ -18,20 +18,6 @@ using torch::stable::Tensor;
 
 // Work that is worth a thread, in multiply-adds of one channel.
 constexpr int64_t kGrain = 1 << 14;
-
-std::string shape_of(const Tensor& t) {
-  std::string s = "(";
-  for (int64_t i = 0; i < t.dim(); i++) s += (i ? ", " : "") + std::to_string(t.size(i));
-  return s + ")";
-}
-
-bool has_shape(const Tensor& t, const std::vector<int64_t>& shape) {
-  if (t.dim() != static_cast<int64_t>(shape.size())) return false;
-  for (int64_t i = 0; i < t.dim(); i++) {
-    if (t.size(i) != shape[i]) return false;
-  }
-  return true;
-}
 
 void check_like_x(const char* name, const Tensor& t, const Tensor& x) {
   STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU");
@@ -66,17 +52,6 @@ void for_dtype(const Tensor& x, const Body& body) {
       STD_TORCH_CHECK(false, "x must be float32, float64 or bfloat16, got ",
                       torch::headeronly::toString(x.scalar_type()));
   }
-}
-
-// read: the tensor must be contiguous, as the results of contiguous() and new_empty() are.
-template <typename T>
-const T* read(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
-}
-
-template <typename T>
-T* write(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
 }
 
 // (C, 1, 3, 3) -> (9, C), turned by 180 degrees for the gradient of x.

@@ -22,3 +22,4 @@ Isa cpu_isa();
 
 #define CMT_FAST_INLINE inline __attribute__((always_inline))
 #define CMT_FAST_LAMBDA_INLINE __attribute__((always_inline))
+#define CMT_FAST_NOINLINE __attribute__((noinline))

@@ -59,6 +59,30 @@ CMT_FAST_INLINE void store(T* p, const Vec<Acc<T>, N>& v) {
   }
 }
 
+// The first `count` elements, the rest zero. All of them where count is N or more.
+template <int N, typename T>
+CMT_FAST_INLINE void load_part(Vec<Acc<T>, N>& v, const T* p, int64_t count) {
+  if (count >= N) {
+    load<N>(v, p);
+    return;
+  }
+  T buffer[N] = {};
+  for (int64_t i = 0; i < count; i++) buffer[i] = p[i];
+  load<N>(v, buffer);
+}
+
+// Stores the first `count` elements, none where it is not positive.
+template <int N, typename T>
+CMT_FAST_INLINE void store_part(T* p, const Vec<Acc<T>, N>& v, int64_t count) {
+  if (count >= N) {
+    store<N>(p, v);
+    return;
+  }
+  T buffer[N];
+  store<N>(buffer, v);
+  for (int64_t i = 0; i < count; i++) p[i] = buffer[i];
+}
+
 template <typename T>
 inline Acc<T> widen(T value) {
   Vec<Acc<T>, 1> v;

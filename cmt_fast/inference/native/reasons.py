@@ -1,0 +1,21 @@
+"""When the compiled library can run a packed model, and why it cannot."""
+
+from __future__ import annotations
+
+import torch
+
+from cmt_fast import _native
+from cmt_fast.inference.program import PackedModel
+
+#: Element types that csrc/cpu/packed has loops for.
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def native_reasons(packed: PackedModel) -> list[str]:
+    """Reasons why the compiled library cannot run ``packed``; an empty list if it can."""
+    reasons = _native.reasons()
+    if packed.device.type != "cpu":
+        reasons.append(f"the compiled library runs on the CPU only, got {packed.device}")
+    if packed.dtype not in DTYPES:
+        reasons.append(f"dtype must be float32 or bfloat16, got {packed.dtype}")
+    return reasons

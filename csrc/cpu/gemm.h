@@ -1,0 +1,136 @@
+// Matrix products with what stands before and after them in the same loop. No torch headers, no threads.
+//
+// A weight (out, in) is laid out once in panels of 16 outputs, (ceil(out / 16), in, 16), with zeros beyond `out`
+// (cmt_fast/inference/native/layout.py). The left factor is a tile of rows in float32, made by whoever calls: normalised, convolved or
+// gathered on the way, so that it never was in memory before. A block of rows times a panel is summed up in registers, in the
+// order of k whatever the tile, so the size of tiles and the number of threads do not change a bit.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "math.h"
+
+namespace cmt_fast {
+
+constexpr int kPanel = 16;
+
+// Floats between the rows of a tile: 16 more than needed, as rows a power of 2 apart would share the sets of a cache.
+constexpr int64_t tile_stride(int64_t width) { return (width + kPanel - 1) / kPanel * kPanel + kPanel; }
+
+// What one task of a matrix product keeps in a near cache: rows for 256 KiB of the left factor.
+constexpr int64_t tile_rows(int64_t width) { return std::clamp<int64_t>((1 << 16) / std::max<int64_t>(width, 1), 24, 192); }
+
+template <typename W>
+struct Panels {
+  const W* data;
+  int64_t in, out;
+
+  int64_t count() const { return (out + kPanel - 1) / kPanel; }
+  const W* panel(int64_t i) const { return data + i * in * kPanel; }
+};
+
+// A thread's own memory, which stays: allocating some 100 KiB at each call would cost more than what is computed in it.
+// Slots are for buffers that are used at the same time.
+template <int SLOT>
+inline float* scratch(int64_t floats) {
+  static thread_local std::vector<float> buffer;
+  if (static_cast<int64_t>(buffer.size()) < floats) buffer.resize(floats);
+  return buffer.data();
+}
+
+// A block of the result that is summed up in registers: at most kRows rows of kPanels panels.
+template <int BYTES>
+struct BlockShape {
+  static constexpr int kLanes = BYTES / sizeof(float);
+  static constexpr int kRows = BYTES == 64 ? 12 : BYTES == 32 ? 6 : 2;
+  static constexpr int kPanels = BYTES == 64 ? 2 : 1;
+};
+
+// block (ROWS, PANELS * 16) = a (ROWS, k) times PANELS panels of (k, 16) at b, one after the other.
+template <int BYTES, int ROWS, int PANELS, typename W>
+CMT_FAST_INLINE void multiply_block(const float* a, int64_t stride, const W* b, int64_t k, float* block) {
+  constexpr int L = BYTES / sizeof(float), VECTORS = PANELS * kPanel / L;
+  Floats<L> sum[ROWS][VECTORS] = {};
+  for (int64_t p = 0; p < k; p++) {
+    Floats<L> right[VECTORS];
+#pragma GCC unroll 8
+    for (int j = 0; j < VECTORS; j++) load<L>(right[j], b + j * L / kPanel * k * kPanel + p * kPanel + j * L % kPanel);
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; i++) {
+      const float left = a[i * stride + p];
+#pragma GCC unroll 8
+      for (int j = 0; j < VECTORS; j++) sum[i][j] += left * right[j];
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; i++) {
+#pragma GCC unroll 8
+    for (int j = 0; j < VECTORS; j++) store<L>(block + (i * VECTORS + j) * L, sum[i][j]);
+  }
+}
+
+// The same as functions, so that all products share them.
+template <int ROWS, int PANELS, typename W>
+CMT_FAST_NOINLINE void multiply_block_baseline(const float* a, int64_t stride, const W* b, int64_t k, float* block) {
+  multiply_block<16, ROWS, PANELS>(a, stride, b, k, block);
+}
+template <int ROWS, int PANELS, typename W>
+CMT_FAST_TARGET_AVX2 CMT_FAST_NOINLINE void multiply_block_avx2(const float* a, int64_t stride, const W* b, int64_t k,
+                                                                float* block) {
+  multiply_block<32, ROWS, PANELS>(a, stride, b, k, block);
+}
+template <int ROWS, int PANELS, typename W>
+CMT_FAST_TARGET_AVX512 CMT_FAST_NOINLINE void multiply_block_avx512(const float* a, int64_t stride, const W* b, int64_t k,
+                                                                    float* block) {
+  multiply_block<64, ROWS, PANELS>(a, stride, b, k, block);
+}
+
+// multiply_block of `rows` rows, at most ROWS.
+template <int BYTES, int ROWS, int PANELS, typename W>
+CMT_FAST_INLINE void multiply_rows(int64_t rows, const float* a, int64_t stride, const W* b, int64_t k, float* block) {
+  if constexpr (ROWS > 1) {
+    if (rows < ROWS) {
+      multiply_rows<BYTES, ROWS - 1, PANELS>(rows, a, stride, b, k, block);
+      return;
+    }
+  }
+  if constexpr (BYTES == 64) {
+    multiply_block_avx512<ROWS, PANELS>(a, stride, b, k, block);
+  } else if constexpr (BYTES == 32) {
+    multiply_block_avx2<ROWS, PANELS>(a, stride, b, k, block);
+  } else {
+    multiply_block_baseline<ROWS, PANELS>(a, stride, b, k, block);
+  }
+}
+
+// Calls finish(row, column, vector) for every vector of (rows, k) times panels [begin, end). a has a row every `stride` floats. Columns go
+// up to the end of the last panel: beyond `out` they are zero, and finish must not store them.
+template <int BYTES, typename W, typename Finish>
+CMT_FAST_INLINE void multiply(const float* a, int64_t stride, int64_t rows, const Panels<W>& right, int64_t begin, int64_t end,
+                              const Finish& finish) {
+  using Shape = BlockShape<BYTES>;
+  constexpr int L = Shape::kLanes;
+  alignas(64) float block[Shape::kRows * Shape::kPanels * kPanel];
+  const int64_t groups = (rows + Shape::kRows - 1) / Shape::kRows;  // of rows, as equal as can be
+  for (int64_t panel = begin; panel < end; panel += Shape::kPanels) {
+    const int64_t panels = std::min<int64_t>(Shape::kPanels, end - panel), width = panels * kPanel;
+    for (int64_t g = 0; g < groups; g++) {
+      const int64_t first = rows * g / groups, count = rows * (g + 1) / groups - first;
+      if (panels == Shape::kPanels) {
+        multiply_rows<BYTES, Shape::kRows, Shape::kPanels>(count, a + first * stride, stride, right.panel(panel), right.in, block);
+      } else {
+        multiply_rows<BYTES, Shape::kRows, 1>(count, a + first * stride, stride, right.panel(panel), right.in, block);
+      }
+      for (int64_t row = 0; row < count; row++) {
+        for (int64_t column = 0; column < width; column += L) {
+          Floats<L> v;
+          load<L>(v, block + row * width + column);
+          finish(first + row, panel * kPanel + column, v);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace cmt_fast

@@ -1,0 +1,46 @@
+// Entry points of irffn_inner.h.
+#include "irffn_inner.h"
+
+#include "glue.h"
+#include "ops.h"
+
+namespace cmt_fast {
+
+Tensor packed_expand_cpu(Tensor x, Tensor weight, Tensor bias, Tensor scale, Tensor shift, int64_t out, int64_t channels,
+                         double eps) {
+  check_map("x", x);
+  check_channels(channels, x.size(3));
+  const int64_t in = x.size(3), rows = x.size(0) * x.size(1) * x.size(2);
+  Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2), out});
+  for_map_dtype(x, [&](auto element) {
+    using T = decltype(element);
+    const auto right = panels<T>("weight", weight, in, out);
+    const Split split = split_rows(rows, in, right.count(), false);
+    run_tasks<ExpandTile<T>>({read<T>(x), right, vector("bias", bias, out), vector("scale", scale, out),
+                              vector("shift", shift, out), write<T>(y), channels, static_cast<float>(eps), split},
+                             split.tasks());
+  });
+  return y;
+}
+
+Tensor packed_depthwise_project_cpu(Tensor hidden, Tensor shortcut, Tensor taps, Tensor bias, Tensor weight, Tensor out_bias) {
+  check_map("hidden", hidden);
+  check_map("shortcut", shortcut);
+  const int64_t b = hidden.size(0), h = hidden.size(1), w = hidden.size(2), r = hidden.size(3), c = shortcut.size(3);
+  check("shortcut", shortcut, {b, h, w, c}, hidden.scalar_type());
+  check("taps", taps, {9, r}, ScalarType::Float);
+  check("bias", bias, {r}, ScalarType::Float);
+  Tensor y = torch::stable::new_empty(shortcut, {b, h, w, c});
+  for_map_dtype(hidden, [&](auto element) {
+    using T = decltype(element);
+    const auto right = panels<T>("weight", weight, r, c);
+    const Split split = split_rows(b * h * w, r, right.count(), false);
+    const std::vector<T> zeros(r, T{});
+    run_tasks<DepthwiseProjectTile<T>>({read<T>(hidden), read<T>(shortcut), read<float>(taps), read<float>(bias), zeros.data(),
+                                        right, vector("out_bias", out_bias, c), write<T>(y), MapSize{b * h, h, w, r}, split},
+                                       split.tasks());
+  });
+  return y;
+}
+
+}  // namespace cmt_fast

@@ -1,0 +1,110 @@
+// The two halves of the IRFFN in a packed model (docs/math.md, sections 2 and 10). No torch headers.
+#pragma once
+
+#include "../depthwise_inner.h"
+#include "linear_inner.h"
+
+namespace cmt_fast {
+
+// LayerNorm without affine, 1x1 expansion, GELU, affine: rows (C) -> rows (R).
+template <typename T>
+struct ExpandTile {
+  struct Args {
+    const T* x;
+    Panels<T> weight;
+    const float *bias, *scale, *shift;  // to the end of the last panel
+    T* out;
+    int64_t channels;  // that LayerNorm counts
+    float eps;
+    Split split;
+  };
+
+  template <int BYTES>
+  CMT_FAST_INLINE static void run(const Args& args, int64_t begin, int64_t end) {
+    constexpr int N = BYTES / sizeof(float);
+    const int64_t c = args.weight.in, r = args.weight.out, stride = tile_stride(c);
+    for_tasks(args.split, args.weight.count(), begin, end,
+              [&](int64_t first, int64_t last, int64_t from, int64_t to, bool is_new) CMT_FAST_LAMBDA_INLINE {
+                float* tile = scratch<0>((last - first) * stride);
+                if (is_new) {
+                  normalise_rows<BYTES>(args.x + first * c, last - first, c, args.channels, args.eps, tile, stride);
+                }
+                T* out = args.out + first * r;
+                multiply<BYTES>(tile, stride, last - first, args.weight, from, to,
+                                [&](int64_t row, int64_t column, Floats<N>& v) CMT_FAST_LAMBDA_INLINE {
+                                  Floats<N> a, b;
+                                  load<N>(a, args.bias + column);
+                                  v += a;
+                                  gelu<N>(v);
+                                  load<N>(a, args.scale + column);
+                                  load<N>(b, args.shift + column);
+                                  v = v * a + b;
+                                  store_part<N>(out + row * r + column, v, r - column);
+                                });
+              });
+  }
+};
+
+// 3x3 depthwise convolution (the shortcut is in its centre tap), GELU, 1x1 projection, the block's shortcut.
+template <typename T>
+struct DepthwiseProjectTile {
+  struct Args {
+    const T *hidden, *shortcut;  // (B, H, W, R) and (B, H, W, C)
+    const float *taps, *bias;    // (9, R) and (R,)
+    const T* zeros;              // R
+    Panels<T> weight;
+    const float* out_bias;  // to the end of the last panel
+    T* out;
+    MapSize map;  // of hidden
+    Split split;
+  };
+
+  // GELU(conv + bias) of pixels [first, last), counted through all images, to float rows.
+  template <int BYTES>
+  CMT_FAST_INLINE static void convolve(const Args& args, int64_t first, int64_t last, float* out, int64_t stride) {
+    const MapSize& n = args.map;
+    for (int64_t pixel = first; pixel < last;) {
+      const int64_t row = pixel / n.width, w = pixel % n.width;
+      const int64_t count = std::min({kTile, n.width - w, last - pixel});
+      for_channel_blocks<BYTES / sizeof(float)>(0, n.channels, [&](auto lanes, int64_t c) CMT_FAST_LAMBDA_INLINE {
+        constexpr int N = decltype(lanes)::value;
+        using V = Floats<N>;
+        V tap[9], bias;
+        for (int k = 0; k < 9; k++) load<N>(tap[k], args.taps + k * n.channels + c);
+        load<N>(bias, args.bias + c);
+        const auto body = [&](int64_t column, auto& above, auto& here, auto& below) CMT_FAST_LAMBDA_INLINE {
+          V sum0 = tap[0] * above.left + tap[1] * above.middle + tap[2] * above.right;
+          V sum1 = tap[3] * here.left + tap[4] * here.middle + tap[5] * here.right;
+          V sum2 = tap[6] * below.left + tap[7] * below.middle + tap[8] * below.right;
+          V sum = (sum0 + sum1) + (sum2 + bias);
+          gelu<N>(sum);
+          store<N>(out + (pixel - first + column - w) * stride + c, sum);
+        };
+        for_pixels<N>(args.hidden, args.zeros, n, row, w, w + count, c, body);
+      });
+      pixel += count;
+    }
+  }
+
+  template <int BYTES>
+  CMT_FAST_INLINE static void run(const Args& args, int64_t begin, int64_t end) {
+    constexpr int N = BYTES / sizeof(float);
+    const int64_t r = args.weight.in, c = args.weight.out, stride = tile_stride(r);
+    for_tasks(args.split, args.weight.count(), begin, end,
+              [&](int64_t first, int64_t last, int64_t from, int64_t to, bool is_new) CMT_FAST_LAMBDA_INLINE {
+                float* tile = scratch<0>((last - first) * stride);
+                if (is_new) convolve<BYTES>(args, first, last, tile, stride);
+                multiply<BYTES>(tile, stride, last - first, args.weight, from, to,
+                                [&](int64_t row, int64_t column, Floats<N>& v) CMT_FAST_LAMBDA_INLINE {
+                                  Floats<N> bias, shortcut;
+                                  const int64_t at = (first + row) * c + column;
+                                  load<N>(bias, args.out_bias + column);
+                                  load_part<N>(shortcut, args.shortcut + at, c - column);
+                                  v += bias + shortcut;
+                                  store_part<N>(args.out + at, v, c - column);
+                                });
+              });
+  }
+};
+
+}  // namespace cmt_fast
