@@ -7,6 +7,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "math.h"
@@ -32,6 +33,7 @@ struct Panels {
 
 // A thread's own memory, which stays: allocating some 100 KiB at each call would cost more than what is computed in it.
 // Slots are for buffers that are used at the same time.
+constexpr int kPanelSlot = 4;
 template <int SLOT>
 inline float* scratch(int64_t floats) {
   static thread_local std::vector<float> buffer;
@@ -47,12 +49,20 @@ struct BlockShape {
   static constexpr int kPanels = BYTES == 64 ? 2 : 1;
 };
 
+// Memory to ask for while a block is summed up: weights come from far away, once a call.
+struct Ahead {
+  const char* address;
+  int64_t step;  // bytes a step of k
+};
+
 // block (ROWS, PANELS * 16) = a (ROWS, k) times PANELS panels of (k, 16) at b, one after the other.
-template <int BYTES, int ROWS, int PANELS, typename W>
-CMT_FAST_INLINE void multiply_block(const float* a, int64_t stride, const W* b, int64_t k, float* block) {
+template <int BYTES, int ROWS, int PANELS>
+CMT_FAST_INLINE void multiply_block(const float* a, int64_t stride, const float* b, int64_t k, float* block,
+ Ahead ahead) {
   constexpr int L = BYTES / sizeof(float), VECTORS = PANELS * kPanel / L;
   Floats<L> sum[ROWS][VECTORS] = {};
   for (int64_t p = 0; p < k; p++) {
+    __builtin_prefetch(ahead.address + p * ahead.step, 0, 2);
     Floats<L> right[VECTORS];
 #pragma GCC unroll 8
     for (int j = 0; j < VECTORS; j++) load<L>(right[j], b + j * L / kPanel * k * kPanel + p * kPanel + j * L % kPanel);
@@ -71,36 +81,56 @@ CMT_FAST_INLINE void multiply_block(const float* a, int64_t stride, const W* b, 
 }
 
 // The same as functions, so that all products share them.
-template <int ROWS, int PANELS, typename W>
-CMT_FAST_NOINLINE void multiply_block_baseline(const float* a, int64_t stride, const W* b, int64_t k, float* block) {
-  multiply_block<16, ROWS, PANELS>(a, stride, b, k, block);
+template <int ROWS, int PANELS>
+CMT_FAST_NOINLINE void multiply_block_baseline(const float* a, int64_t stride, const float* b, int64_t k, float* block,
+ Ahead ahead) {
+  multiply_block<16, ROWS, PANELS>(a, stride, b, k, block, ahead);
 }
-template <int ROWS, int PANELS, typename W>
-CMT_FAST_TARGET_AVX2 CMT_FAST_NOINLINE void multiply_block_avx2(const float* a, int64_t stride, const W* b, int64_t k,
-                                                                float* block) {
-  multiply_block<32, ROWS, PANELS>(a, stride, b, k, block);
+template <int ROWS, int PANELS>
+CMT_FAST_TARGET_AVX2 CMT_FAST_NOINLINE void multiply_block_avx2(const float* a, int64_t stride, const float* b, int64_t k,
+ float* block, Ahead ahead) {
+  multiply_block<32, ROWS, PANELS>(a, stride, b, k, block, ahead);
 }
-template <int ROWS, int PANELS, typename W>
-CMT_FAST_TARGET_AVX512 CMT_FAST_NOINLINE void multiply_block_avx512(const float* a, int64_t stride, const W* b, int64_t k,
-                                                                    float* block) {
-  multiply_block<64, ROWS, PANELS>(a, stride, b, k, block);
+template <int ROWS, int PANELS>
+CMT_FAST_TARGET_AVX512 CMT_FAST_NOINLINE void multiply_block_avx512(const float* a, int64_t stride, const float* b, int64_t k,
+ float* block, Ahead ahead) {
+  multiply_block<64, ROWS, PANELS>(a, stride, b, k, block, ahead);
 }
 
 // multiply_block of `rows` rows, at most ROWS.
-template <int BYTES, int ROWS, int PANELS, typename W>
-CMT_FAST_INLINE void multiply_rows(int64_t rows, const float* a, int64_t stride, const W* b, int64_t k, float* block) {
+template <int BYTES, int ROWS, int PANELS>
+CMT_FAST_INLINE void multiply_rows(int64_t rows, const float* a, int64_t stride, const float* b, int64_t k, float* block,
+ Ahead ahead) {
   if constexpr (ROWS > 1) {
     if (rows < ROWS) {
-      multiply_rows<BYTES, ROWS - 1, PANELS>(rows, a, stride, b, k, block);
+      multiply_rows<BYTES, ROWS - 1, PANELS>(rows, a, stride, b, k, block, ahead);
       return;
     }
   }
   if constexpr (BYTES == 64) {
-    multiply_block_avx512<ROWS, PANELS>(a, stride, b, k, block);
+    multiply_block_avx512<ROWS, PANELS>(a, stride, b, k, block, ahead);
   } else if constexpr (BYTES == 32) {
-    multiply_block_avx2<ROWS, PANELS>(a, stride, b, k, block);
+    multiply_block_avx2<ROWS, PANELS>(a, stride, b, k, block, ahead);
   } else {
-    multiply_block_baseline<ROWS, PANELS>(a, stride, b, k, block);
+    multiply_block_baseline<ROWS, PANELS>(a, stride, b, k, block, ahead);
+  }
+}
+
+// Panels [begin, begin + count) in float32: where they are, or widened into a thread's own memory, which takes 1 % of a product.
+template <int BYTES, typename W>
+CMT_FAST_INLINE const float* float_panels(const Panels<W>& right, int64_t begin, int64_t count) {
+  if constexpr (std::is_same_v<W, float>) {
+    return right.panel(begin);
+  } else {
+    constexpr int L = BYTES / sizeof(float);
+    const int64_t size = count * right.in * kPanel;
+    float* wide = scratch<kPanelSlot>(size);
+    for (int64_t i = 0; i < size; i += L) {
+      Floats<L> v;
+      load<L>(v, right.panel(begin) + i);
+      store<L>(wide + i, v);
+    }
+    return wide;
   }
 }
 
@@ -115,12 +145,17 @@ CMT_FAST_INLINE void multiply(const float* a, int64_t stride, int64_t rows, cons
   const int64_t groups = (rows + Shape::kRows - 1) / Shape::kRows;  // of rows, as equal as can be
   for (int64_t panel = begin; panel < end; panel += Shape::kPanels) {
     const int64_t panels = std::min<int64_t>(Shape::kPanels, end - panel), width = panels * kPanel;
+    const float* b = float_panels<BYTES>(right, panel, panels);
+    // The groups share the lines of what comes next; in the end they ask again for what is there.
+    const int64_t ahead_step = (panels * kPanel * static_cast<int64_t>(sizeof(W)) + groups - 1) / groups;
+    const char* next = reinterpret_cast<const char*>(right.panel(panel + panels < end ? panel + panels : panel));
     for (int64_t g = 0; g < groups; g++) {
       const int64_t first = rows * g / groups, count = rows * (g + 1) / groups - first;
+      const Ahead ahead{next + g * right.in * ahead_step, ahead_step};
       if (panels == Shape::kPanels) {
-        multiply_rows<BYTES, Shape::kRows, Shape::kPanels>(count, a + first * stride, stride, right.panel(panel), right.in, block);
+        multiply_rows<BYTES, Shape::kRows, Shape::kPanels>(count, a + first * stride, stride, b, right.in, block, ahead);
       } else {
-        multiply_rows<BYTES, Shape::kRows, 1>(count, a + first * stride, stride, right.panel(panel), right.in, block);
+        multiply_rows<BYTES, Shape::kRows, 1>(count, a + first * stride, stride, b, right.in, block, ahead);
       }
       for (int64_t row = 0; row < count; row++) {
         for (int64_t column = 0; column < width; column += L) {

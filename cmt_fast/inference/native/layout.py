@@ -11,12 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cmt_fast.inference import program
+from cmt_fast.inference.native.schema import PANEL
 from cmt_fast.inference.native.steps import NATIVE
 from cmt_fast.inference.program import PackedModel, round_up
 from cmt_fast.inference.torch_steps import StepFunctions
-
-#: Outputs of a panel: one vector of AVX-512, two of AVX2 (csrc/cpu/gemm.h).
-PANEL = 16
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cmt_fast.inference.program import round_up
+
+#: Outputs of a panel: one vector of AVX-512, two of AVX2 (csrc/cpu/gemm.h).
+PANEL = 16
+
 _SCHEMAS = {
     "packed_linear": "(Tensor x, Tensor weight, Tensor bias, int out) -> Tensor",
     "packed_conv3x3_gelu": (
@@ -82,7 +87,7 @@ def _(y: Tensor, *_) -> Tensor:
 def _(
     x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, out: int, channels: int, eps: float
 ) -> Tensor:
-    return x.new_empty(*x.shape[:3], out)
+    return x.new_empty(*x.shape[:3], round_up(out, PANEL) + PANEL)  # hidden_stride of csrc/cpu/packed/irffn_inner.h
 
 
 @torch.library.register_fake("cmt_fast_native::packed_depthwise_project")

@@ -59,16 +59,24 @@ Panels<T> panels(const char* name, const Tensor& t, int64_t in, int64_t out) {
   return {read<T>(t), in, out};
 }
 
-// Tiles of at most tile_rows(width) rows, and so many that every thread has as many as the others.
-inline Split split_rows(int64_t rows, int64_t width, int64_t panels, bool whole_rows) {
+enum class Cut {
+  kWholeRows,  // something needs all columns of a row
+  kRows,       // what makes a tile is dear: panels are shared only where rows are too few
+  kColumns,    // it is cheap: a single tile is made by every thread, and each reads only its share of the weight
+};
+
+// Tiles of at most tile_rows(width) rows, and so many tasks that every thread has as many as the others.
+inline Split split_rows(int64_t rows, int64_t width, int64_t panels, Cut cut) {
   constexpr int64_t kFewRows = 12, kFewPanels = 4;
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t most = std::max<int64_t>(1, rows / kFewRows);
-  int64_t tiles = (rows + tile_rows(width) - 1) / tile_rows(width);
-  if (tiles < 4 * threads) tiles = std::max(tiles, std::min((tiles + threads - 1) / threads * threads, most));
-  tiles = std::max<int64_t>(tiles, 1);
-  const int64_t groups = whole_rows ? 1 : std::clamp<int64_t>(threads / tiles, 1, std::max<int64_t>(panels / kFewPanels, 1));
-  return {rows, tiles, groups};
+  int64_t tiles = std::max<int64_t>(1, (rows + tile_rows(width) - 1) / tile_rows(width));
+  const bool share = cut == Cut::kColumns && tiles == 1 && panels >= threads * kFewPanels;
+  if (!share && tiles < 4 * threads) {
+    const int64_t even = (tiles + threads - 1) / threads * threads;
+    tiles = std::max(tiles, std::min(even, rows / kFewRows));
+  }
+  if (cut == Cut::kWholeRows) return {rows, tiles, 1};
+  return {rows, tiles, std::clamp<int64_t>(threads / tiles, 1, std::max<int64_t>(panels / kFewPanels, 1))};
 }
 
 template <typename Body>

@@ -11,11 +11,11 @@ Tensor packed_expand_cpu(Tensor x, Tensor weight, Tensor bias, Tensor scale, Ten
   check_map("x", x);
   check_channels(channels, x.size(3));
   const int64_t in = x.size(3), rows = x.size(0) * x.size(1) * x.size(2);
-  Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2), out});
+  Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2), hidden_stride(out)});
   for_map_dtype(x, [&](auto element) {
     using T = decltype(element);
     const auto right = panels<T>("weight", weight, in, out);
-    const Split split = split_rows(rows, in, right.count(), false);
+    const Split split = split_rows(rows, in, right.count(), Cut::kColumns);
     run_tasks<ExpandTile<T>>({read<T>(x), right, vector("bias", bias, out), vector("scale", scale, out),
                               vector("shift", shift, out), write<T>(y), channels, static_cast<float>(eps), split},
                              split.tasks());
@@ -26,7 +26,10 @@ Tensor packed_expand_cpu(Tensor x, Tensor weight, Tensor bias, Tensor scale, Ten
 Tensor packed_depthwise_project_cpu(Tensor hidden, Tensor shortcut, Tensor taps, Tensor bias, Tensor weight, Tensor out_bias) {
   check_map("hidden", hidden);
   check_map("shortcut", shortcut);
-  const int64_t b = hidden.size(0), h = hidden.size(1), w = hidden.size(2), r = hidden.size(3), c = shortcut.size(3);
+  STD_TORCH_CHECK(taps.dim() == 2, "taps must have shape (9, R), got ", shape_of(taps));
+  const int64_t b = hidden.size(0), h = hidden.size(1), w = hidden.size(2), c = shortcut.size(3);
+  const int64_t r = taps.size(1), stride = hidden_stride(r);
+  check("hidden", hidden, {b, h, w, stride}, hidden.scalar_type());
   check("shortcut", shortcut, {b, h, w, c}, hidden.scalar_type());
   check("taps", taps, {9, r}, ScalarType::Float);
   check("bias", bias, {r}, ScalarType::Float);
@@ -34,10 +37,10 @@ Tensor packed_depthwise_project_cpu(Tensor hidden, Tensor shortcut, Tensor taps,
   for_map_dtype(hidden, [&](auto element) {
     using T = decltype(element);
     const auto right = panels<T>("weight", weight, r, c);
-    const Split split = split_rows(b * h * w, r, right.count(), false);
-    const std::vector<T> zeros(r, T{});
+    const Split split = split_rows(b * h * w, r, right.count(), Cut::kRows);
+    const std::vector<T> zeros(stride, T{});
     run_tasks<DepthwiseProjectTile<T>>({read<T>(hidden), read<T>(shortcut), read<float>(taps), read<float>(bias), zeros.data(),
-                                        right, vector("out_bias", out_bias, c), write<T>(y), MapSize{b * h, h, w, r}, split},
+                                        right, vector("out_bias", out_bias, c), write<T>(y), MapSize{b * h, h, w, stride}, split},
                                        split.tasks());
   });
   return y;

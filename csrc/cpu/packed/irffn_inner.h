@@ -6,7 +6,11 @@
 
 namespace cmt_fast {
 
-// LayerNorm without affine, 1x1 expansion, GELU, affine: rows (C) -> rows (R).
+// Channels between the pixels of the hidden map: more than it has, because pixels a power of 2 apart would share a set of the cache, and the
+// convolution walks from pixel to pixel.
+constexpr int64_t hidden_stride(int64_t channels) { return tile_stride(channels); }
+
+// LayerNorm without affine, 1x1 expansion, GELU, affine: rows (C) -> rows (R) a hidden_stride apart.
 template <typename T>
 struct ExpandTile {
   struct Args {
@@ -22,14 +26,14 @@ struct ExpandTile {
   template <int BYTES>
   CMT_FAST_INLINE static void run(const Args& args, int64_t begin, int64_t end) {
     constexpr int N = BYTES / sizeof(float);
-    const int64_t c = args.weight.in, r = args.weight.out, stride = tile_stride(c);
+    const int64_t c = args.weight.in, r = args.weight.out, stride = tile_stride(c), out_stride = hidden_stride(r);
     for_tasks(args.split, args.weight.count(), begin, end,
               [&](int64_t first, int64_t last, int64_t from, int64_t to, bool is_new) CMT_FAST_LAMBDA_INLINE {
                 float* tile = scratch<0>((last - first) * stride);
                 if (is_new) {
                   normalise_rows<BYTES>(args.x + first * c, last - first, c, args.channels, args.eps, tile, stride);
                 }
-                T* out = args.out + first * r;
+                T* out = args.out + first * out_stride;
                 multiply<BYTES>(tile, stride, last - first, args.weight, from, to,
                                 [&](int64_t row, int64_t column, Floats<N>& v) CMT_FAST_LAMBDA_INLINE {
                                   Floats<N> a, b;
@@ -39,7 +43,7 @@ struct ExpandTile {
                                   load<N>(a, args.scale + column);
                                   load<N>(b, args.shift + column);
                                   v = v * a + b;
-                                  store_part<N>(out + row * r + column, v, r - column);
+                                  store_part<N>(out + row * out_stride + column, v, r - column);
                                 });
               });
   }
@@ -49,13 +53,13 @@ struct ExpandTile {
 template <typename T>
 struct DepthwiseProjectTile {
   struct Args {
-    const T *hidden, *shortcut;  // (B, H, W, R) and (B, H, W, C)
+    const T *hidden, *shortcut;  // (B, H, W, hidden_stride(R)) and (B, H, W, C)
     const float *taps, *bias;    // (9, R) and (R,)
     const T* zeros;              // R
     Panels<T> weight;
     const float* out_bias;  // to the end of the last panel
     T* out;
-    MapSize map;  // of hidden
+    MapSize map;  // of hidden, its channels being hidden_stride(R)
     Split split;
   };
 
@@ -66,11 +70,11 @@ struct DepthwiseProjectTile {
     for (int64_t pixel = first; pixel < last;) {
       const int64_t row = pixel / n.width, w = pixel % n.width;
       const int64_t count = std::min({kTile, n.width - w, last - pixel});
-      for_channel_blocks<BYTES / sizeof(float)>(0, n.channels, [&](auto lanes, int64_t c) CMT_FAST_LAMBDA_INLINE {
+      for_channel_blocks<BYTES / sizeof(float)>(0, args.weight.in, [&](auto lanes, int64_t c) CMT_FAST_LAMBDA_INLINE {
         constexpr int N = decltype(lanes)::value;
         using V = Floats<N>;
         V tap[9], bias;
-        for (int k = 0; k < 9; k++) load<N>(tap[k], args.taps + k * n.channels + c);
+        for (int k = 0; k < 9; k++) load<N>(tap[k], args.taps + k * args.weight.in + c);
         load<N>(bias, args.bias + c);
         const auto body = [&](int64_t column, auto& above, auto& here, auto& below) CMT_FAST_LAMBDA_INLINE {
           V sum0 = tap[0] * above.left + tap[1] * above.middle + tap[2] * above.right;

@@ -12,7 +12,7 @@ Tensor packed_linear_cpu(Tensor x, Tensor weight, Tensor bias, int64_t out) {
   for_map_dtype(x, [&](auto element) {
     using T = decltype(element);
     const auto w = panels<T>("weight", weight, in, out);
-    const Split split = split_rows(rows, in, w.count(), false);
+    const Split split = split_rows(rows, in, w.count(), Cut::kColumns);
     run_tasks<LinearTile<T>>({read<T>(x), w, vector("bias", bias, out), write<T>(y), split}, split.tasks());
   });
   return y;
@@ -28,7 +28,7 @@ Tensor packed_patch_embed_cpu(Tensor x, Tensor weight, Tensor bias, Tensor scale
   for_map_dtype(x, [&](auto element) {
     using T = decltype(element);
     const auto right = panels<T>("weight", weight, in, out);
-    const Split split = split_rows(b * (h / 2) * (w / 2), in, right.count(), true);
+    const Split split = split_rows(b * (h / 2) * (w / 2), in, right.count(), Cut::kWholeRows);
     run_tasks<PatchEmbedTile<T>>({read<T>(x), right, vector("bias", bias, out), vector("scale", scale, out),
                                   vector("shift", shift, out), write<T>(y), h, w, channels, static_cast<float>(eps), split},
                                  split.tasks());
@@ -47,7 +47,7 @@ Tensor packed_conv3x3_gelu_cpu(Tensor x, Tensor weight, Tensor bias, std::option
   for_map_dtype(x, [&](auto element) {
     using T = decltype(element);
     const auto right = panels<T>("weight", weight, in, out);
-    const Split split = split_rows(b * out_h * out_w, in, right.count(), false);
+    const Split split = split_rows(b * out_h * out_w, in, right.count(), Cut::kColumns);
     run_tasks<ConvGeluTile<T>>(
         {read<T>(x), right, vector("bias", bias, out), scale ? vector("scale", *scale, out) : nullptr,
          shift ? vector("shift", *shift, out) : nullptr, write<T>(y), h, w, out_h, out_w, stride, split},
