@@ -1,7 +1,7 @@
 // The two halves of the IRFFN in a packed model (docs/math.md, sections 2 and 10). No torch headers.
 #pragma once
 
-#include "../depthwise_inner.h"
+#include "conv_inner.h"
 #include "linear_inner.h"
 
 namespace cmt_fast {
@@ -72,19 +72,11 @@ struct DepthwiseProjectTile {
       const int64_t count = std::min({kTile, n.width - w, last - pixel});
       for_channel_blocks<BYTES / sizeof(float)>(0, args.weight.in, [&](auto lanes, int64_t c) CMT_FAST_LAMBDA_INLINE {
         constexpr int N = decltype(lanes)::value;
-        using V = Floats<N>;
-        V tap[9], bias;
-        for (int k = 0; k < 9; k++) load<N>(tap[k], args.taps + k * args.weight.in + c);
-        load<N>(bias, args.bias + c);
-        const auto body = [&](int64_t column, auto& above, auto& here, auto& below) CMT_FAST_LAMBDA_INLINE {
-          V sum0 = tap[0] * above.left + tap[1] * above.middle + tap[2] * above.right;
-          V sum1 = tap[3] * here.left + tap[4] * here.middle + tap[5] * here.right;
-          V sum2 = tap[6] * below.left + tap[7] * below.middle + tap[8] * below.right;
-          V sum = (sum0 + sum1) + (sum2 + bias);
-          gelu<N>(sum);
-          store<N>(out + (pixel - first + column - w) * stride + c, sum);
-        };
-        for_pixels<N>(args.hidden, args.zeros, n, row, w, w + count, c, body);
+        convolve_pixels<N>(args.hidden, args.zeros, n, row, w, w + count, c, args.taps, args.weight.in, args.bias,
+                           [&](int64_t column, Floats<N>& v) CMT_FAST_LAMBDA_INLINE {
+                             gelu<N>(v);
+                             store<N>(out + (pixel - first + column - w) * stride + c, v);
+                           });
       });
       pixel += count;
     }

@@ -1,10 +1,10 @@
 // Local perception unit, LayerNorm and reduction of a packed model in one pass (docs/math.md, sections 2, 3 and 10). No torch headers.
 #pragma once
 
-#include "../depthwise_inner.h"
 #include "../dispatch.h"
 #include "../gemm.h"
 #include "../rows.h"
+#include "conv_inner.h"
 
 namespace cmt_fast {
 
@@ -34,19 +34,11 @@ struct LpuStrip {
       const int64_t end = std::min(begin + kTile, n.width);
       for_channel_blocks<BYTES / sizeof(float)>(0, n.channels, [&](auto lanes, int64_t c) CMT_FAST_LAMBDA_INLINE {
         constexpr int N = decltype(lanes)::value;
-        using V = Floats<N>;
-        V tap[9], bias;
-        for (int k = 0; k < 9; k++) load<N>(tap[k], args.taps + k * n.channels + c);
-        load<N>(bias, args.bias + c);
-        const auto body = [&](int64_t w, auto& above, auto& here, auto& below) CMT_FAST_LAMBDA_INLINE {
-          V sum0 = tap[0] * above.left + tap[1] * above.middle + tap[2] * above.right;
-          V sum1 = tap[3] * here.left + tap[4] * here.middle + tap[5] * here.right;
-          V sum2 = tap[6] * below.left + tap[7] * below.middle + tap[8] * below.right;
-          const V sum = (sum0 + sum1) + (sum2 + bias);
-          store<N>(line + w * stride + c, sum);
-          store<N>(out + w * n.channels + c, sum);
-        };
-        for_pixels<N>(args.x, args.zeros, n, row, begin, end, c, body);
+        convolve_pixels<N>(args.x, args.zeros, n, row, begin, end, c, args.taps, n.channels, args.bias,
+                           [&](int64_t w, Floats<N>& v) CMT_FAST_LAMBDA_INLINE {
+                             store<N>(line + w * stride + c, v);
+                             store<N>(out + w * n.channels + c, v);
+                           });
       });
     }
   }
