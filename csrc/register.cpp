@@ -13,6 +13,10 @@ STABLE_TORCH_LIBRARY_IMPL(cmt_fast_native, CPU, m) {
   m.impl("packed_patch_embed", TORCH_BOX(&cmt_fast::packed_patch_embed_cpu));
   m.impl("packed_lpu", TORCH_BOX(&cmt_fast::packed_lpu_cpu));
   m.impl("packed_attention", TORCH_BOX(&cmt_fast::packed_attention_cpu));
+  m.impl("packed_attention_core", TORCH_BOX(&cmt_fast::packed_attention_core_cpu));
+  m.impl("packed_normalise", TORCH_BOX(&cmt_fast::packed_normalise_cpu));
+  m.impl("packed_gelu_affine", TORCH_BOX(&cmt_fast::packed_gelu_affine_cpu));
+  m.impl("packed_depthwise_gelu", TORCH_BOX(&cmt_fast::packed_depthwise_gelu_cpu));
   m.impl("packed_expand", TORCH_BOX(&cmt_fast::packed_expand_cpu));
   m.impl("packed_depthwise_project", TORCH_BOX(&cmt_fast::packed_depthwise_project_cpu));
 }

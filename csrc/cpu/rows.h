@@ -40,9 +40,9 @@ CMT_FAST_INLINE Moments row_moments(const T* x, int64_t channels, float eps) {
   return {mean, 1.0f / std::sqrt(sum_lanes<N>(square) / channels + eps)};
 }
 
-// Rows of `width` elements to float rows of LayerNorm without its affine over the first `channels`, then zeros.
-template <int BYTES, typename T>
-CMT_FAST_INLINE void normalise_rows(const T* x, int64_t rows, int64_t width, int64_t channels, float eps, float* out,
+// Rows of `width` elements to rows of LayerNorm without its affine over the first `channels`, then zeros.
+template <int BYTES, typename T, typename Out>
+CMT_FAST_INLINE void normalise_rows(const T* x, int64_t rows, int64_t width, int64_t channels, float eps, Out* out,
                                     int64_t stride) {
   constexpr int N = BYTES / sizeof(float);
   for (int64_t row = 0; row < rows; row++, x += width, out += stride) {

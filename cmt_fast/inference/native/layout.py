@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cmt_fast.inference import program
+from cmt_fast.inference.native.linear_steps import NATIVE_BETWEEN
 from cmt_fast.inference.native.schema import PANEL
 from cmt_fast.inference.native.steps import NATIVE
 from cmt_fast.inference.program import PackedModel, round_up
@@ -55,9 +56,18 @@ class PaddedVector:
 def prepare(packed: PackedModel) -> tuple[PackedModel, StepFunctions]:
     """The program with its weights laid out for the kernels, and the kernels as its functions.
 
-    Nothing of ``packed`` is shared but what needs no layout (taps, tables), so that it can be freed.
+    Nothing of ``packed`` is shared but what needs no layout (taps, tables), so that it can be freed. Where PyTorch has faster
+    matrix products than the compiled library, they stay with PyTorch, and the program is as it was.
     """
+    if packed.dtype == torch.bfloat16 and multiplies_bfloat16():
+        return packed, NATIVE_BETWEEN
     return _lay_out(packed), NATIVE
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has bfloat16 arithmetic that PyTorch's matrix products use (AVX-512 BF16, AMX)."""
+    tests = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, test, bool)() for test in tests)
 
 
 #: Vectors that a product's last panel reads beyond its outputs. Those of a depthwise convolution are read by channels.

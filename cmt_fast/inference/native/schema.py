@@ -30,6 +30,12 @@ _SCHEMAS = {
         "(Tensor y, Tensor keys_values, Tensor table, Tensor? query_weight, Tensor? query_bias, Tensor? out_weight, "
         "Tensor out_bias, int heads, int key_dim, int value_dim, int channels, float eps, bool base2) -> Tensor"
     ),
+    "packed_attention_core": (
+        "(Tensor q, Tensor keys_values, Tensor table, int heads, int key_dim, int value_dim, bool base2) -> Tensor"
+    ),
+    "packed_normalise": "(Tensor x, int channels, float eps) -> Tensor",
+    "packed_gelu_affine": "(Tensor x, Tensor scale, Tensor shift) -> Tensor",
+    "packed_depthwise_gelu": "(Tensor hidden, Tensor taps, Tensor bias) -> Tensor",
     "packed_expand": (
         "(Tensor x, Tensor weight, Tensor bias, Tensor scale, Tensor shift, int out, int channels, float eps) -> Tensor"
     ),
@@ -45,6 +51,10 @@ packed_conv3x3_gelu = torch.ops.cmt_fast_native.packed_conv3x3_gelu.default
 packed_patch_embed = torch.ops.cmt_fast_native.packed_patch_embed.default
 packed_lpu = torch.ops.cmt_fast_native.packed_lpu.default
 packed_attention = torch.ops.cmt_fast_native.packed_attention.default
+packed_attention_core = torch.ops.cmt_fast_native.packed_attention_core.default
+packed_normalise = torch.ops.cmt_fast_native.packed_normalise.default
+packed_gelu_affine = torch.ops.cmt_fast_native.packed_gelu_affine.default
+packed_depthwise_gelu = torch.ops.cmt_fast_native.packed_depthwise_gelu.default
 packed_expand = torch.ops.cmt_fast_native.packed_expand.default
 packed_depthwise_project = torch.ops.cmt_fast_native.packed_depthwise_project.default
 
@@ -81,6 +91,18 @@ def _(
 @torch.library.register_fake("cmt_fast_native::packed_attention")
 def _(y: Tensor, *_) -> Tensor:
     return y.new_empty(y.shape)
+
+
+@torch.library.register_fake("cmt_fast_native::packed_attention_core")
+def _(q: Tensor, keys_values: Tensor, table: Tensor, heads: int, key_dim: int, value_dim: int, base2: bool) -> Tensor:
+    return q.new_empty(*q.shape[:3], heads * value_dim)
+
+
+@torch.library.register_fake("cmt_fast_native::packed_normalise")
+@torch.library.register_fake("cmt_fast_native::packed_gelu_affine")
+@torch.library.register_fake("cmt_fast_native::packed_depthwise_gelu")
+def _(x: Tensor, *_) -> Tensor:
+    return x.new_empty(x.shape)
 
 
 @torch.library.register_fake("cmt_fast_native::packed_expand")

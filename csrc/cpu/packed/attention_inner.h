@@ -11,10 +11,12 @@ namespace cmt_fast {
 
 struct AttentionSize {
   int64_t images, queries, keys, heads;
-  int64_t width, channels;     // of a token: padded, and what LayerNorm counts
+  int64_t width, channels;     // of a token of y: padded, and what LayerNorm counts
   int64_t key_dim, value_dim;  // of a head
   int64_t columns;             // of keys_values
-  bool absorbed;               // keys and values hold the query and output projections, and the columns end with key biases
+  // Absorbed: keys and values hold the query and output projections, and the columns end with key biases. Fused: the projections are made
+  // here. Core: queries come and outputs go, (.., heads * dim), and whoever calls does the rest.
+  enum Form { kAbsorbed, kFused, kCore } form;
 
   int64_t key_panels() const { return (keys + kPanel - 1) / kPanel; }
   int64_t value_panels() const { return (value_dim + kPanel - 1) / kPanel; }
@@ -46,11 +48,12 @@ struct AttentionLayout {
         const T* row = from + (real ? m : 0) * n.columns;
         float* to = keys + m / kPanel * kPanel * n.key_dim + m % kPanel;
         for (int64_t d = 0; d < n.key_dim; d++) to[d * kPanel] = real ? widen(row[head * n.key_dim + d]) : 0.0f;
-        key_bias[m] = real && n.absorbed ? widen(row[n.heads * (n.key_dim + n.value_dim) + head]) : 0.0f;
+        key_bias[m] = real && n.form == AttentionSize::kAbsorbed ? widen(row[n.heads * (n.key_dim + n.value_dim) + head]) : 0.0f;
       }
       // With absorbed projections the heads' outputs are summed: their values follow one another within each panel.
-      const int64_t height = n.absorbed ? n.heads * n.keys : n.keys;
-      float* values = n.absorbed ? args.values + image * n.heads * n.value_floats() + head * n.keys * kPanel
+      const bool absorbed = n.form == AttentionSize::kAbsorbed;
+      const int64_t height = absorbed ? n.heads * n.keys : n.keys;
+      float* values = absorbed ? args.values + image * n.heads * n.value_floats() + head * n.keys * kPanel
                                  : args.values + task * n.value_floats();
       for (int64_t m = 0; m < n.keys; m++) {
         const T* row = from + m * n.columns + n.heads * n.key_dim + head * n.value_dim;
@@ -66,10 +69,10 @@ struct AttentionLayout {
 template <typename T>
 struct AttentionTile {
   struct Args {
-    const T *y, *table;                     // (B, N, C) and (h, N, M)
+    const T *y, *table;                     // (B, N, C), in the core form the queries, and (h, N, M)
     const float *keys, *values, *key_bias;  // from AttentionLayout
-    Panels<T> query, out_weight;            // not with absorbed projections
-    const float *query_bias, *out_bias;     // to the end of the last panel
+    Panels<T> query, out_weight;            // in the fused form
+    const float *query_bias, *out_bias;     // to the end of the last panel; not in the core form
     T* out;
     AttentionSize n;
     float eps;
@@ -95,6 +98,24 @@ struct AttentionTile {
     }
   }
 
+  // One head after the other, outputs side by side: finish(row, column, vector) for the columns of head * value_dim on.
+  template <int BYTES, typename Finish>
+  CMT_FAST_INLINE static void attend_all(const Args& args, int64_t image, int64_t first, int64_t rows, const float* q,
+                                         int64_t q_stride, const Finish& finish) {
+    constexpr int N = BYTES / sizeof(float);
+    const AttentionSize& n = args.n;
+    const int64_t stride = tile_stride(n.keys);
+    float* weights = scratch<1>(rows * stride);
+    for (int64_t head = 0; head < n.heads; head++) {
+      attend<BYTES>(args, image, head, first, rows, q + head * n.key_dim, q_stride, weights, stride);
+      const Panels<float> values{args.values + (image * n.heads + head) * n.value_floats(), n.keys, n.value_dim};
+      multiply<BYTES>(weights, stride, rows, values, 0, values.count(),
+                      [&](int64_t row, int64_t column, Floats<N>& v) CMT_FAST_LAMBDA_INLINE {
+                        finish(row, head * n.value_dim + column, v, n.value_dim - column);
+                      });
+    }
+  }
+
   template <int BYTES>
   CMT_FAST_INLINE static void run(const Args& args, int64_t begin, int64_t end) {
     constexpr int N = BYTES / sizeof(float);
@@ -102,7 +123,18 @@ struct AttentionTile {
     for (int64_t task = begin; task < end; task++) {
       const int64_t image = task / args.tiles, tile = task % args.tiles;
       const int64_t first = n.queries * tile / args.tiles, rows = n.queries * (tile + 1) / args.tiles - first;
-      const int64_t x_stride = tile_stride(n.width), token = image * n.queries + first;
+      const int64_t token = image * n.queries + first;
+      if (n.form == AttentionSize::kCore) {
+        const int64_t width = n.heads * n.key_dim, stride = tile_stride(width), out_width = n.heads * n.value_dim;
+        float* q = scratch<0>(rows * stride);
+        for (int64_t row = 0; row < rows; row++) widen_row<BYTES>(args.y + (token + row) * width, width, q + row * stride);
+        attend_all<BYTES>(args, image, first, rows, q, stride,
+                          [&](int64_t row, int64_t column, Floats<N>& v, int64_t count) CMT_FAST_LAMBDA_INLINE {
+                            store_part<N>(args.out + (token + row) * out_width + column, v, count);
+                          });
+        continue;
+      }
+      const int64_t x_stride = tile_stride(n.width);
       float* x = scratch<0>(rows * x_stride);
       normalise_rows<BYTES>(args.y + token * n.width, rows, n.width, n.channels, args.eps, x, x_stride);
       const auto finish = [&](int64_t row, int64_t column, Floats<N>& v) CMT_FAST_LAMBDA_INLINE {
@@ -113,7 +145,7 @@ struct AttentionTile {
         v += bias + shortcut;
         store_part<N>(args.out + at, v, n.width - column);
       };
-      if (n.absorbed) {
+      if (n.form == AttentionSize::kAbsorbed) {
         // Heads side by side, each in the padding that the one before it left.
         const int64_t stride = tile_stride(n.heads * n.keys);
         float* weights = scratch<1>(rows * stride);
@@ -125,8 +157,6 @@ struct AttentionTile {
         continue;
       }
       const int64_t q_stride = tile_stride(args.query.out), o_stride = tile_stride(args.out_weight.in);
-      const int64_t stride = tile_stride(n.keys);
-      float* weights = scratch<1>(rows * stride);
       float* q = scratch<2>(rows * q_stride);
       float* o = scratch<3>(rows * o_stride);
       multiply<BYTES>(x, x_stride, rows, args.query, 0, args.query.count(),
@@ -136,15 +166,10 @@ struct AttentionTile {
                         v += bias;
                         store<N>(q + row * q_stride + column, v);
                       });
-      for (int64_t head = 0; head < n.heads; head++) {
-        attend<BYTES>(args, image, head, first, rows, q + head * n.key_dim, q_stride, weights, stride);
-        const Panels<float> values{args.values + (image * n.heads + head) * n.value_floats(), n.keys, n.value_dim};
-        float* to = o + head * n.value_dim;
-        multiply<BYTES>(weights, stride, rows, values, 0, values.count(),
-                        [&](int64_t row, int64_t column, Floats<N>& v) CMT_FAST_LAMBDA_INLINE {
-                          store_part<N>(to + row * o_stride + column, v, n.value_dim - column);
+      attend_all<BYTES>(args, image, first, rows, q, q_stride,
+                        [&](int64_t row, int64_t column, Floats<N>& v, int64_t count) CMT_FAST_LAMBDA_INLINE {
+                          store_part<N>(o + row * o_stride + column, v, count);
                         });
-      }
       multiply<BYTES>(o, o_stride, rows, args.out_weight, 0, args.out_weight.count(), finish);
     }
   }

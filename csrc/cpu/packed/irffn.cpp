@@ -39,9 +39,24 @@ Tensor packed_depthwise_project_cpu(Tensor hidden, Tensor shortcut, Tensor taps,
     const auto right = panels<T>("weight", weight, r, c);
     const Split split = split_rows(b * h * w, r, right.count(), Cut::kRows);
     const std::vector<T> zeros(stride, T{});
-    run_tasks<DepthwiseProjectTile<T>>({read<T>(hidden), read<T>(shortcut), read<float>(taps), read<float>(bias), zeros.data(),
-                                        right, vector("out_bias", out_bias, c), write<T>(y), MapSize{b * h, h, w, stride}, split},
+    const HiddenConv<T> conv{read<T>(hidden), read<float>(taps), read<float>(bias), zeros.data(), {b * h, h, w, stride}, r};
+    run_tasks<DepthwiseProjectTile<T>>({conv, read<T>(shortcut), right, vector("out_bias", out_bias, c), write<T>(y), split},
                                        split.tasks());
+  });
+  return y;
+}
+
+Tensor packed_depthwise_gelu_cpu(Tensor hidden, Tensor taps, Tensor bias) {
+  check_map("hidden", hidden);
+  const int64_t b = hidden.size(0), h = hidden.size(1), w = hidden.size(2), r = hidden.size(3);
+  check("taps", taps, {9, r}, ScalarType::Float);
+  check("bias", bias, {r}, ScalarType::Float);
+  Tensor y = torch::stable::new_empty(hidden, {b, h, w, r});
+  for_map_dtype(hidden, [&](auto element) {
+    using T = decltype(element);
+    const std::vector<T> zeros(r, T{});
+    const HiddenConv<T> conv{read<T>(hidden), read<float>(taps), read<float>(bias), zeros.data(), {b * h, h, w, r}, r};
+    run_tasks<ConvGeluRows<T>>({conv, write<T>(y)}, b * h);
   });
   return y;
 }

@@ -49,38 +49,61 @@ struct ExpandTile {
   }
 };
 
-// 3x3 depthwise convolution (the shortcut is in its centre tap), GELU, 1x1 projection, the block's shortcut.
+// The depthwise convolution of a hidden map, with the shortcut in its centre tap, before GELU.
+template <typename T>
+struct HiddenConv {
+  const T* hidden;           // (B, H, W, map.channels)
+  const float *taps, *bias;  // (9, R) and (R,)
+  const T* zeros;            // as many as the map has channels
+  MapSize map;
+  int64_t channels;  // R, of the map's channels
+};
+
+// GELU(conv + bias) of pixels [first, last), counted through all images, to rows of `out`.
+template <int BYTES, typename T, typename Out>
+CMT_FAST_INLINE void convolve_gelu(const HiddenConv<T>& conv, int64_t first, int64_t last, Out* out, int64_t stride) {
+  const MapSize& n = conv.map;
+  for (int64_t pixel = first; pixel < last;) {
+    const int64_t row = pixel / n.width, w = pixel % n.width;
+    const int64_t count = std::min({kTile, n.width - w, last - pixel});
+    for_channel_blocks<BYTES / sizeof(float)>(0, conv.channels, [&](auto lanes, int64_t c) CMT_FAST_LAMBDA_INLINE {
+      constexpr int N = decltype(lanes)::value;
+      convolve_pixels<N>(conv.hidden, conv.zeros, n, row, w, w + count, c, conv.taps, conv.channels, conv.bias,
+                         [&](int64_t column, Floats<N>& v) CMT_FAST_LAMBDA_INLINE {
+                           gelu<N>(v);
+                           store<N>(out + (pixel - first + column - w) * stride + c, v);
+                         });
+    });
+    pixel += count;
+  }
+}
+
+// The convolution and GELU alone: a task is one row of an image.
+template <typename T>
+struct ConvGeluRows {
+  struct Args {
+    HiddenConv<T> conv;
+    T* out;  // (B, H, W, R)
+  };
+
+  template <int BYTES>
+  CMT_FAST_INLINE static void run(const Args& args, int64_t begin, int64_t end) {
+    const int64_t width = args.conv.map.width, r = args.conv.channels;
+    convolve_gelu<BYTES>(args.conv, begin * width, end * width, args.out + begin * width * r, r);
+  }
+};
+
+// The convolution, GELU, 1x1 projection, the block's shortcut.
 template <typename T>
 struct DepthwiseProjectTile {
   struct Args {
-    const T *hidden, *shortcut;  // (B, H, W, hidden_stride(R)) and (B, H, W, C)
-    const float *taps, *bias;    // (9, R) and (R,)
-    const T* zeros;              // R
+    HiddenConv<T> conv;  // of a map with hidden_stride(R) channels
+    const T* shortcut;   // (B, H, W, C)
     Panels<T> weight;
     const float* out_bias;  // to the end of the last panel
     T* out;
-    MapSize map;  // of hidden, its channels being hidden_stride(R)
     Split split;
   };
-
-  // GELU(conv + bias) of pixels [first, last), counted through all images, to float rows.
-  template <int BYTES>
-  CMT_FAST_INLINE static void convolve(const Args& args, int64_t first, int64_t last, float* out, int64_t stride) {
-    const MapSize& n = args.map;
-    for (int64_t pixel = first; pixel < last;) {
-      const int64_t row = pixel / n.width, w = pixel % n.width;
-      const int64_t count = std::min({kTile, n.width - w, last - pixel});
-      for_channel_blocks<BYTES / sizeof(float)>(0, args.weight.in, [&](auto lanes, int64_t c) CMT_FAST_LAMBDA_INLINE {
-        constexpr int N = decltype(lanes)::value;
-        convolve_pixels<N>(args.hidden, args.zeros, n, row, w, w + count, c, args.taps, args.weight.in, args.bias,
-                           [&](int64_t column, Floats<N>& v) CMT_FAST_LAMBDA_INLINE {
-                             gelu<N>(v);
-                             store<N>(out + (pixel - first + column - w) * stride + c, v);
-                           });
-      });
-      pixel += count;
-    }
-  }
 
   template <int BYTES>
   CMT_FAST_INLINE static void run(const Args& args, int64_t begin, int64_t end) {
@@ -89,7 +112,7 @@ struct DepthwiseProjectTile {
     for_tasks(args.split, args.weight.count(), begin, end,
               [&](int64_t first, int64_t last, int64_t from, int64_t to, bool is_new) CMT_FAST_LAMBDA_INLINE {
                 float* tile = scratch<0>((last - first) * stride);
-                if (is_new) convolve<BYTES>(args, first, last, tile, stride);
+                if (is_new) convolve_gelu<BYTES>(args.conv, first, last, tile, stride);
                 multiply<BYTES>(tile, stride, last - first, args.weight, from, to,
                                 [&](int64_t row, int64_t column, Floats<N>& v) CMT_FAST_LAMBDA_INLINE {
                                   Floats<N> bias, shortcut;

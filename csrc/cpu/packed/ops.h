@@ -28,6 +28,15 @@ Tensor packed_attention_cpu(Tensor y, Tensor keys_values, Tensor table, std::opt
 Tensor packed_expand_cpu(Tensor x, Tensor weight, Tensor bias, Tensor scale, Tensor shift, int64_t out, int64_t channels,
                          double eps);
 
+Tensor packed_attention_core_cpu(Tensor q, Tensor keys_values, Tensor table, int64_t heads, int64_t key_dim, int64_t value_dim,
+                                 bool base2);
+
+Tensor packed_normalise_cpu(Tensor x, int64_t channels, double eps);
+
+Tensor packed_gelu_affine_cpu(Tensor x, Tensor scale, Tensor shift);
+
+Tensor packed_depthwise_gelu_cpu(Tensor hidden, Tensor taps, Tensor bias);
+
 Tensor packed_depthwise_project_cpu(Tensor hidden, Tensor shortcut, Tensor taps, Tensor bias, Tensor weight, Tensor out_bias);
 
 }  // namespace cmt_fast
