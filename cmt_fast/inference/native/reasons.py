@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from cmt_fast import _native
+from cmt_fast.backend import machine_reasons
 from cmt_fast.inference.program import PackedModel
 
 #: Element types that csrc/cpu/packed has loops for.
@@ -13,7 +13,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 def native_reasons(packed: PackedModel) -> list[str]:
     """Reasons why the compiled library cannot run ``packed``; an empty list if it can."""
-    reasons = _native.reasons()
+    reasons = machine_reasons("native")
     if packed.device.type != "cpu":
         reasons.append(f"the compiled library runs on the CPU only, got {packed.device}")
     if packed.dtype not in DTYPES:
