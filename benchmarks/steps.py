@@ -22,7 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.registry import BASELINE
 from benchmarks.run import QUICK_RESULTS
 from benchmarks.store import RESULTS, ResultFile
+from cmt_fast.backend import BackendError
 from cmt_fast.inference import PackedModel, pack, run
+from cmt_fast.inference.native import native_reasons, prepare
 from cmt_fast.inference.torch_steps import TORCH, StepFunctions
 from cmt_fast.models.variants import VARIANTS
 from cmt_fast.testing.benchmark import make_images, make_model
@@ -40,8 +42,8 @@ Results = tuple[Tensor, ...]
 
 def _native(packed: PackedModel) -> tuple[PackedModel, StepFunctions]:
     """The program laid out for the compiled kernels, and these."""
-    from cmt_fast.inference.native import prepare
-
+    if reasons := native_reasons(packed):
+        raise BackendError("; ".join(reasons))
     return prepare(packed)
 
 

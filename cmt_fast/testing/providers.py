@@ -71,8 +71,8 @@ def _compiled(module: nn.Module, p: Precision, backend: str = "reference") -> Fo
     return eager(torch.compile(own, dynamic=False), p, backend)
 
 
-def _frozen(module: nn.Module, images: Tensor, p: Precision) -> Forward:
-    """torch.compile with the weights as constants.
+def _frozen(module: nn.Module, images: Tensor, p: Precision, **settings: bool) -> Forward:
+    """torch.compile with the weights as constants, and further settings of Inductor.
 
     The setting counts while Dynamo traces, with gradients off; ``torch.compile(options=...)`` reaches only Inductor, where it
     would freeze nothing.
@@ -80,7 +80,7 @@ def _frozen(module: nn.Module, images: Tensor, p: Precision) -> Forward:
     import torch._inductor.config as inductor
 
     forward = _compiled(module, p)
-    with inductor.patch(freezing=True), torch.inference_mode():
+    with inductor.patch(freezing=True, **settings), torch.inference_mode():
         forward(images)
     return forward
 
@@ -175,6 +175,12 @@ PROVIDERS: dict[str, Provider] = {
     "original-freezing-channels-last": Provider(
         "the same with channels_last weights and images",
         lambda model, images, p: _frozen(_channels_last(model), images, p),
+        inference_only=True,
+        memory_format=torch.channels_last,
+    ),
+    "original-freezing-cpp-wrapper": Provider(
+        "the same called from C++ instead of Python: torch.compile's best setting for one image",
+        lambda model, images, p: _frozen(_channels_last(model), images, p, cpp_wrapper=True),
         inference_only=True,
         memory_format=torch.channels_last,
     ),
