@@ -103,7 +103,7 @@ def _onnxruntime(model: CMT, images: Tensor, p: Precision) -> Forward:
     try:
         import onnxruntime
     except ImportError as error:
-        raise ImportError("onnxruntime is timed with: pip install onnx onnxscript onnxruntime") from error
+        raise ImportError("timing onnxruntime needs it: pip install 'cmt-fast[export]'") from error
     with use_backend("reference"), contextlib.redirect_stdout(io.StringIO()):
         exported: Any = torch.onnx.export(model, (images,), dynamo=True, verbose=False)
     options = onnxruntime.SessionOptions()
