@@ -80,7 +80,7 @@ def _frozen(module: nn.Module, images: Tensor, p: Precision, **settings: bool) -
     import torch._inductor.config as inductor
 
     forward = _compiled(module, p)
-    with inductor.patch(freezing=True, **settings), torch.inference_mode():
+    with inductor.patch({"freezing": True, **settings}), torch.inference_mode():
         forward(images)
     return forward
 
