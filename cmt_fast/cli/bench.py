@@ -26,7 +26,7 @@ def bench(
         list[str] | None,
         typer.Option(
             help=f"What to time, one of {', '.join(PROVIDERS)}; may be repeated. Those that compile take minutes to start. "
-            "\\[default: original, reference, and auto where a faster backend can run]"
+            "\\[default: original, reference, auto where a faster backend can run, and for inference optimize]"
         ),
     ] = None,
     batch: Annotated[list[int], typer.Option(help="Images a call; may be repeated.")] = [1],  # noqa: B006

@@ -37,13 +37,13 @@ class Row:
     Attributes:
         model, provider, batch, dtype, mode, img_size: what ran.
         median_ms, p20_ms, p80_ms: milliseconds a batch; None where nothing was measured, and ``note`` says why.
-        runs: calls measured.
         images_per_s: batch over median.
         ratio: the baseline's median over this one's, above 1 where this is faster; None where one of them is missing.
         peak_mib: memory that a call needs at its peak beyond what stays between calls, in MiB; on a CPU only where
             :mod:`cmt_fast.testing.fresh` measured it.
         kept_mib, ready_s: what the provider holds between calls beyond the loaded model, in MiB, and seconds from the loaded
             model to the first result; only where :mod:`cmt_fast.testing.fresh` measured them.
+        runs: calls measured.
         note: why there is no number.
     """
 
@@ -56,12 +56,12 @@ class Row:
     median_ms: float | None = None
     p20_ms: float | None = None
     p80_ms: float | None = None
-    runs: int | None = None
     images_per_s: float | None = None
     ratio: float | None = None
     peak_mib: float | None = None
     kept_mib: float | None = None
     ready_s: float | None = None
+    runs: int | None = None
     note: str = ""
 
 
@@ -85,7 +85,7 @@ def bench(
 
     Args:
         models: names of published variants.
-        providers: among :data:`PROVIDERS`, by default :func:`default_providers`.
+        providers: among :data:`cmt_fast.testing.providers.PROVIDERS`, by default :func:`default_providers`.
         batches: batch sizes.
         dtypes: among :data:`DTYPES`.
         device: where to run.
@@ -103,9 +103,9 @@ def bench(
     """
     device = torch.device(device)
     models = [one_of("model", name, VARIANTS) for name in models]
-    providers = [one_of("provider", name, PROVIDERS) for name in providers or default_providers()]
-    precisions = [precision(one_of("dtype", name, DTYPES)) for name in dtypes]
     one_of("mode", mode, MODES)
+    providers = [one_of("provider", name, PROVIDERS) for name in providers or default_providers(mode)]
+    precisions = [precision(one_of("dtype", name, DTYPES)) for name in dtypes]
     if not batches or min(batches) < 1:
         raise ValueError(f"batch must be at least 1, got {', '.join(map(str, batches))}")
     if seconds <= 0:
@@ -137,10 +137,10 @@ def bench(
     return rows
 
 
-def default_providers() -> list[str]:
-    """The baseline, ``reference``, and ``auto`` where a faster backend can run, so that it is not the same thing twice."""
+def default_providers(mode: str = "inference") -> list[str]:
+    """The baseline, ``reference``, ``auto`` where a faster backend can run (else it is the same), and for inference ``optimize``."""
     fused = [backend for backend in BACKENDS[:-1] if not machine_reasons(backend)]
-    return [BASELINE, "reference", *(["auto"] if fused else [])]
+    return [BASELINE, "reference", *(["auto"] if fused else []), *(["optimize"] if mode == "inference" else [])]
 
 
 @dataclass(frozen=True)

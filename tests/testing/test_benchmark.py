@@ -3,7 +3,9 @@
 import pytest
 
 from cmt_fast.modules import LMHSA
-from cmt_fast.testing.benchmark import MODES, bench
+from cmt_fast.testing.benchmark import MODES, bench, default_providers
+from cmt_fast.testing.precision import precision
+from cmt_fast.testing.providers import PROVIDERS
 
 # 64 pixels leave 2 x 2 maps: BatchNorm over the two values of a batch of 1 x 1 maps would magnify rounding without limit
 TINY = dict(models=["cmt_ti"], img_size=64, seconds=0.01)
@@ -64,6 +66,12 @@ def test_every_provider_that_needs_no_compiler_passes_the_gate():
     rows = bench(**TINY, providers=names, batches=[6])
     assert [(row.provider, row.note) for row in rows] == [(name, "") for name in names]
     assert all(row.runs >= 5 for row in rows)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_by_default_only_what_can_run_is_timed(mode):
+    assert not any(PROVIDERS[name].unsupported(precision("float32"), mode) for name in default_providers(mode))
+    assert ("optimize" in default_providers(mode)) == (mode == "inference")
 
 
 def test_an_optimized_model_under_autocast_computes_in_the_dtype_of_autocast():
