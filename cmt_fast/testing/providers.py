@@ -179,8 +179,14 @@ PROVIDERS: dict[str, Provider] = {
         memory_format=torch.channels_last,
     ),
     "original-freezing-cpp-wrapper": Provider(
-        "the same called from C++ instead of Python: torch.compile's best setting for one image",
+        "the same called from C++ instead of Python",
         lambda model, images, p: _frozen(_channels_last(model), images, p, cpp_wrapper=True),
+        inference_only=True,
+        memory_format=torch.channels_last,
+    ),
+    "original-freezing-max-autotune": Provider(
+        "the same with every matrix product tuned: many minutes, on an idle machine only",
+        lambda model, images, p: _frozen(_channels_last(model), images, p, cpp_wrapper=True, max_autotune=True),
         inference_only=True,
         memory_format=torch.channels_last,
     ),
