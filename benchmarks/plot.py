@@ -12,11 +12,12 @@ from typing import Any
 
 from benchmarks.registry import BASELINE
 from benchmarks.store import load
+from cmt_fast.testing.providers import BASELINE as MODEL_BASELINE
 from cmt_fast.testing.results import device_name
 
 
 def plot(data: dict[str, Any], path: Path, mode: str = "inference", dtype: str = "float32") -> None:
-    """Draw the ratios of one mode and dtype: a group of bars an operation and shape, a line at 1.
+    """Draw the ratios of one mode and dtype: a group of bars an operation and shape, or a model and batch; a line at 1.
 
     Raises:
         ValueError: if there is nothing to draw.
@@ -27,22 +28,22 @@ def plot(data: dict[str, Any], path: Path, mode: str = "inference", dtype: str =
     except ImportError as error:
         raise ImportError("plots need matplotlib: pip install 'cmt-fast[train]'") from error
     rows = [row for row in data["rows"] if (row["mode"], row["dtype"]) == (mode, dtype)]
-    rows = [row for row in rows if row["ratio"] is not None and row["provider"] != BASELINE]
+    rows = [row for row in rows if row["ratio"] is not None and row["provider"] != _baseline(row)]
     if not rows:
         raise ValueError(f"no ratios for mode {mode} and dtype {dtype} in this file")
-    subjects = list(dict.fromkeys((row["op"], row["shape"]) for row in rows))
+    subjects = list(dict.fromkeys(map(_subject, rows)))
     providers = list(dict.fromkeys(row["provider"] for row in rows))
     height = 0.8 / len(providers)
-    figure = Figure(figsize=(9, 1.5 + 0.4 * len(subjects)), layout="constrained")
+    figure = Figure(figsize=(9, 1.5 + len(subjects) * max(0.4, 0.12 * len(providers))), layout="constrained")
     axes = figure.subplots()
     for i, provider in enumerate(providers):
         mine = [row for row in rows if row["provider"] == provider]
-        places = [subjects.index((row["op"], row["shape"])) + (i + 0.5) * height - 0.4 for row in mine]
+        places = [subjects.index(_subject(row)) + (i + 0.5) * height - 0.4 for row in mine]
         axes.barh(places, [row["ratio"] for row in mine], height, label=provider)
     axes.axvline(1, color="black", linewidth=1)
-    axes.set_yticks(range(len(subjects)), [f"{op}\n{shape}" for op, shape in subjects], fontsize=7)
+    axes.set_yticks(range(len(subjects)), subjects, fontsize=7)
     axes.invert_yaxis()
-    axes.set_xlabel(f"times as fast as {BASELINE}")
+    axes.set_xlabel(f"times as fast as {_baseline(rows[0])}")
     axes.set_title(f"{mode}, {dtype}: {device_name(data['machine'])}, torch {data['machine']['torch']}", fontsize=9)
     axes.legend()
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=path.suffix)
@@ -54,6 +55,17 @@ def plot(data: dict[str, Any], path: Path, mode: str = "inference", dtype: str =
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def _baseline(row: dict[str, Any]) -> str:
+    return BASELINE if "op" in row else MODEL_BASELINE
+
+
+def _subject(row: dict[str, Any]) -> str:
+    """What is compared, in words."""
+    if "op" in row:
+        return f"{row['op']}\n{row['shape']}"
+    return f"{row['model']} at {row['img_size']}\nbatch {row['batch']}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

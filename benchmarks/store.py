@@ -43,7 +43,7 @@ class ResultFile:
 
 
 #: What identifies a row; the rest of it is what was measured.
-KEY = ("op", "shape", "provider", "dtype", "mode")
+KEY = ("op", "shape", "model", "img_size", "batch", "provider", "dtype", "mode")
 
 
 def key(row: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -25,8 +25,8 @@ def bench(
     provider: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"What to time, one of {', '.join(PROVIDERS)}; may be repeated. compile takes minutes to start. "
-            "\\[default: original, reference, and auto where a faster backend can run]"
+            help=f"What to time, one of {', '.join(PROVIDERS)}; may be repeated. Those that compile take minutes to start. "
+            "\\[default: original, reference, auto where a faster backend can run, and for inference optimize]"
         ),
     ] = None,
     batch: Annotated[list[int], typer.Option(help="Images a call; may be repeated.")] = [1],  # noqa: B006
@@ -95,7 +95,7 @@ def _table(rows: list[Row]) -> Table:
     setting = f"{first.model}, {first.img_size} pixels, batch {first.batch}, {first.dtype}, {first.mode}"
     table = Table(title=setting, title_style="bold", title_justify="left", box=box.SIMPLE_HEAD)
     with_memory = any(row.peak_mib is not None for row in rows)
-    table.add_column("provider", min_width=max(map(len, PROVIDERS)))
+    table.add_column("provider", no_wrap=True)
     for name in ("ms a batch", "p20 .. p80", "images/s", "ratio", *(["peak MiB"] if with_memory else [])):
         table.add_column(name, justify="right", no_wrap=True)
     best = min((row.median_ms for row in rows if row.median_ms is not None), default=None)

@@ -6,31 +6,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from cmt_fast.backend import BACKENDS, machine_reasons, use_backend
+from cmt_fast.backend import BACKENDS, machine_reasons
 from cmt_fast.models.cmt import CMT
 from cmt_fast.models.variants import VARIANTS
 from cmt_fast.testing.inputs import in_double
 from cmt_fast.testing.original_order import OriginalOrder
 from cmt_fast.testing.precision import Precision, one_of, precision
+from cmt_fast.testing.providers import BASELINE, PROVIDERS, Forward, eager
 from cmt_fast.testing.timing import Timing, measure_interleaved, peak_memory
 from cmt_fast.testing.tolerance import compare
 
-#: What can be measured, and what each name runs.
-PROVIDERS = {
-    "original": "the original's operation order in plain PyTorch, eager: the baseline",
-    "reference": "cmt_fast on its reference backend, eager",
-    "auto": "cmt_fast on the best backend that can run, eager",
-    "compile": "torch.compile of cmt_fast",
-    "original-compile": "torch.compile of the original's operation order",
-}
-BASELINE = "original"
 DTYPES = ("float32", "bfloat16", "autocast-bfloat16", "float16", "autocast-float16")
 MODES = ("inference", "training")
 
 #: Images that the correctness gate looks at: a float64 run of a large batch would take longer than the measurement.
 GATE_IMAGES = 4
+
+_EXACT = Precision("exact", torch.float64)
 
 #: Called with the number of steps done, their total, and the next step.
 Progress = Callable[[int, int, str], None]
@@ -45,7 +39,11 @@ class Row:
         median_ms, p20_ms, p80_ms: milliseconds a batch; None where nothing was measured, and ``note`` says why.
         images_per_s: batch over median.
         ratio: the baseline's median over this one's, above 1 where this is faster; None where one of them is missing.
-        peak_mib: memory that a call allocates at its peak on a GPU, in MiB; None on a CPU.
+        peak_mib: memory that a call needs at its peak beyond what stays between calls, in MiB; on a CPU only where
+            :mod:`cmt_fast.testing.fresh` measured it.
+        kept_mib, ready_s: what the provider holds between calls beyond the loaded model, in MiB, and seconds from the loaded
+            model to the first result; only where :mod:`cmt_fast.testing.fresh` measured them.
+        runs: calls measured.
         note: why there is no number.
     """
 
@@ -61,6 +59,9 @@ class Row:
     images_per_s: float | None = None
     ratio: float | None = None
     peak_mib: float | None = None
+    kept_mib: float | None = None
+    ready_s: float | None = None
+    runs: int | None = None
     note: str = ""
 
 
@@ -84,7 +85,7 @@ def bench(
 
     Args:
         models: names of published variants.
-        providers: among :data:`PROVIDERS`, by default :func:`default_providers`.
+        providers: among :data:`cmt_fast.testing.providers.PROVIDERS`, by default :func:`default_providers`.
         batches: batch sizes.
         dtypes: among :data:`DTYPES`.
         device: where to run.
@@ -102,9 +103,9 @@ def bench(
     """
     device = torch.device(device)
     models = [one_of("model", name, VARIANTS) for name in models]
-    providers = [one_of("provider", name, PROVIDERS) for name in providers or default_providers()]
-    precisions = [precision(one_of("dtype", name, DTYPES)) for name in dtypes]
     one_of("mode", mode, MODES)
+    providers = [one_of("provider", name, PROVIDERS) for name in providers or default_providers(mode)]
+    precisions = [precision(one_of("dtype", name, DTYPES)) for name in dtypes]
     if not batches or min(batches) < 1:
         raise ValueError(f"batch must be at least 1, got {', '.join(map(str, batches))}")
     if seconds <= 0:
@@ -124,9 +125,8 @@ def bench(
             done += 1
         if progress is not None:
             progress(done, total, f"timing {subject}")
-        timings = measure_interleaved(
-            {entry.provider: entry.call for entry in entries if not entry.note}, seconds=seconds, device=device
-        )
+        calls = {entry.provider: entry.call for entry in entries if entry.call is not None}
+        timings = measure_interleaved(calls, seconds=seconds, device=device)
         done += 1
         new = [subject.row(entry, timings) for entry in entries]
         rows += new
@@ -137,10 +137,10 @@ def bench(
     return rows
 
 
-def default_providers() -> list[str]:
-    """The baseline, ``reference``, and ``auto`` where a faster backend can run, so that it is not the same thing twice."""
+def default_providers(mode: str = "inference") -> list[str]:
+    """The baseline, ``reference``, ``auto`` where a faster backend can run (else it is the same), and for inference ``optimize``."""
     fused = [backend for backend in BACKENDS[:-1] if not machine_reasons(backend)]
-    return [BASELINE, "reference", *(["auto"] if fused else [])]
+    return [BASELINE, "reference", *(["auto"] if fused else []), *(["optimize"] if mode == "inference" else [])]
 
 
 @dataclass(frozen=True)
@@ -148,58 +148,66 @@ class _Entry:
     """A provider that has been checked: what to time, or why not."""
 
     provider: str
-    call: Callable[[], object]
+    call: Callable[[], object] | None = None
     peak: int | None = None
     note: str = ""
+
+
+def make_model(name: str, size: int, p: Precision, device: torch.device | str = "cpu") -> CMT:
+    """A seeded model in evaluation mode, its weights rounded to the low dtype; without dropout, so that outputs compare."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = CMT(**{**VARIANTS[name].config, "dp": 0.0}, img_size=size)
+    return model.to(p.low).to(device, p.dtype).eval()
+
+
+def make_images(batch: int, size: int, p: Precision, device: torch.device | str = "cpu") -> Tensor:
+    """Seeded images (batch, 3, size, size), rounded to the low dtype."""
+    images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
+    return images.to(p.low).to(device, p.dtype)
 
 
 class _Subject:
     """One model, batch, dtype and mode: makes the providers, judges them, and writes their rows."""
 
     def __init__(self, name: str, size: int, batch: int, p: Precision, device: torch.device, mode: str) -> None:
-        self.name, self.size, self.p, self.device, self.training = name, size, p, device, mode == "training"
-        generator = torch.Generator().manual_seed(0)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            # without dropout, so that outputs can be compared
-            model = CMT(**{**VARIANTS[name].config, "dp": 0.0}, img_size=size)
-        self.model = model.to(p.low).to(device, p.dtype).train(self.training)
-        images = torch.randn(batch, 3, size, size, generator=generator)
-        self.images = images.to(p.low).to(device, p.dtype)
-        self.grad = torch.randn(batch, model.num_classes, generator=generator).to(p.low).to(device)
-        gate = self.images[:GATE_IMAGES]
-        self.exact = self._results(OriginalOrder(in_double(self.model)), gate.double(), "reference", autocast=False)
-        self.plain = self._results(OriginalOrder(self.model), gate, "reference")
+        self.name, self.size, self.p, self.device, self.mode = name, size, p, device, mode
+        self.training = mode == "training"
+        self.model = make_model(name, size, p, device).train(self.training)
+        self.images = make_images(batch, size, p, device)
+        grad = torch.randn(batch, self.model.num_classes, generator=torch.Generator().manual_seed(1))
+        self.grad = grad.to(p.low).to(device)
+        gate, double = self.images[:GATE_IMAGES], in_double(self.model)
+        self.exact = self._results(double, eager(OriginalOrder(double), _EXACT), gate.double())
+        self.plain = self._results(self.model, eager(OriginalOrder(self.model), p), gate)
 
     def __str__(self) -> str:
         return f"{self.name} {self.size} batch {self.images.shape[0]} {self.p.name}"
 
-    def check(self, provider: str) -> _Entry:
-        """Run a provider, compare it, and measure its memory."""
-        module: nn.Module = OriginalOrder(self.model) if provider.startswith("original") else self.model
-        if provider.endswith("compile"):
-            torch._dynamo.reset()  # models share code objects, and recompiling has a limit
-            module = torch.compile(module, dynamic=False)  # type: ignore[assignment]
-        backend = "auto" if provider in ("auto", "compile") else "reference"
-
-        def call() -> None:
-            self._step(module, self.images, backend)
-            if self.training:
-                self.model.zero_grad(set_to_none=True)
-
+    def check(self, name: str) -> _Entry:
+        """Make a provider, run it, compare it, and measure its memory."""
+        provider = PROVIDERS[name]
+        if reason := provider.unsupported(self.p, self.mode):
+            return _Entry(name, note=reason)
+        images = self.images.contiguous(memory_format=provider.memory_format)
         try:
-            if red := self._wrong(self._results(module, self.images[:GATE_IMAGES], backend)):
-                return _Entry(provider, call, note=f"wrong: {red}")
-            call()
-            return _Entry(provider, call, peak_memory(call, self.device))
+            forward = provider.make(self.model, images, self.p)
+
+            def call() -> None:
+                self._step(forward, images)
+                if self.training:
+                    self.model.zero_grad(set_to_none=True)
+
+            if red := self._wrong(self._results(self.model, forward, images)):
+                return _Entry(name, note=f"wrong: {red}")
+            return _Entry(name, call, peak_memory(call, self.device))
         except Exception as error:
             self.model.zero_grad(set_to_none=True)
-            return _Entry(provider, call, note=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
+            return _Entry(name, note=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
 
     def row(self, entry: _Entry, timings: dict[str, Timing]) -> Row:
         batch = self.images.shape[0]
-        mode = "training" if self.training else "inference"
-        row = (self.name, entry.provider, batch, self.p.name, mode, self.size)
+        row = (self.name, entry.provider, batch, self.p.name, self.mode, self.size)
         if entry.note:
             return Row(*row, note=entry.note)
         t, base = timings[entry.provider], timings.get(BASELINE)
@@ -208,33 +216,31 @@ class _Subject:
             median_ms=t.median * 1e3,
             p20_ms=t.p20 * 1e3,
             p80_ms=t.p80 * 1e3,
+            runs=t.runs,
             images_per_s=batch / t.median,
             ratio=base.median / t.median if base else None,
             peak_mib=None if entry.peak is None else entry.peak / 2**20,
         )
 
-    def _step(self, module: nn.Module, images: Tensor, backend: str, autocast: bool = True) -> Tensor:
+    def _step(self, forward: Forward, images: Tensor) -> Tensor:
         """One forward pass, in training also the backward pass. The same for the gate and the clock."""
-        p = self.p if autocast else Precision("exact", torch.float64)
-        with use_backend(backend):
-            if not self.training:
-                with torch.inference_mode(), p.context(self.device):
-                    return module(images)
-            with p.context(self.device):
-                output = module(images)
-            output.backward(self.grad[: len(images)].to(output))
-            return output
+        if not self.training:
+            with torch.inference_mode():
+                return forward(images)
+        output = forward(images)
+        output.backward(self.grad[: len(images)].to(output))
+        return output
 
-    def _results(self, module: nn.Module, images: Tensor, backend: str, autocast: bool = True) -> dict[str, Tensor]:
-        """Output, and gradients that the whole backward pass leads to."""
-        results = {"output": self._step(module, images, backend, autocast)}
-        if self.training:
-            for name, parameter in module.named_parameters():
-                name = name.removeprefix("_orig_mod.").removeprefix("model.")
-                if name.startswith("relative_pos_") or name == "stem_conv1.weight":
-                    assert parameter.grad is not None
-                    results[f"grad {name}"] = parameter.grad
-            module.zero_grad(set_to_none=True)
+    def _results(self, model: CMT, forward: Forward, images: Tensor) -> dict[str, Tensor]:
+        """Of the gate's images the output, in training also gradients that the whole backward pass leads to."""
+        if not self.training:  # the call that is timed, as images do not depend on each other
+            return {"output": self._step(forward, images)[:GATE_IMAGES]}
+        results = {"output": self._step(forward, images[:GATE_IMAGES])}
+        for name, parameter in model.named_parameters():
+            if name.startswith("relative_pos_") or name == "stem_conv1.weight":
+                assert parameter.grad is not None
+                results[f"grad {name}"] = parameter.grad
+        model.zero_grad(set_to_none=True)
         return results
 
     def _wrong(self, actual: dict[str, Tensor]) -> str | None:

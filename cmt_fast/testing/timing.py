@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +16,9 @@ Call = Callable[[], object]
 
 #: One sample holds as many calls as take this long, so that the clock's resolution does not count.
 _SAMPLE_SECONDS = 1e-3
+
+#: A call that takes longer is slow: not worth a long warm-up, nor as many samples.
+_SLOW_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,9 @@ class Timing:
     runs: int
 
 
-def measure(fn: Call, *, seconds: float = 1.0, min_runs: int = 5, device: torch.device | str = "cpu") -> Timing:
+def measure(
+    fn: Call, *, seconds: float = 1.0, min_runs: int | None = None, device: torch.device | str = "cpu"
+) -> Timing:
     """How long ``fn()`` takes; see :func:`measure_interleaved`."""
     return measure_interleaved({"": fn}, seconds=seconds, min_runs=min_runs, device=device)[""]
 
@@ -41,19 +47,20 @@ def measure_interleaved(
     fns: Mapping[str, Call],
     *,
     seconds: float = 1.0,
-    min_runs: int = 5,
+    min_runs: int | None = None,
     device: torch.device | str = "cpu",
     cold_cache: bool = False,
 ) -> dict[str, Timing]:
     """How long each of several calls takes, in rounds that run every one once.
 
     A machine that slows down, or a neighbour that wakes up, then slows all of them alike, and their ratios stay right.
-    The order turns by one each round, so that none always follows the same other.
+    The order turns by one each round, so that none always follows the same other. Beside a call that takes seconds, one that
+    takes less than a tenth of that is sampled several times a round, so that few rounds are not few samples of it.
 
     Args:
         fns: the calls by name. Each is run a few times first to warm up.
         seconds: to spend on each, roughly.
-        min_runs: samples of each at least, however long they take.
+        min_runs: rounds at least, however long they take; by default 5, or 3 where a call takes longer than 2 seconds.
         device: a CUDA device is timed by events around each sample, starting from an idle device, so the time holds the
             launching of kernels as a single call feels it; the CPU by ``time.perf_counter``.
         cold_cache: on a CUDA device, overwrite the L2 cache before each call, and launch while the device is still busy
@@ -65,21 +72,27 @@ def measure_interleaved(
     Raises:
         ValueError: if ``seconds`` or ``min_runs`` is not positive.
     """
-    if seconds <= 0 or min_runs < 1:
+    if seconds <= 0 or (min_runs is not None and min_runs < 1):
         raise ValueError(f"seconds and min_runs must be positive, got {seconds} and {min_runs}")
     if not fns:
         return {}
     device = torch.device(device)
     stopwatch: _Stopwatch = _EventStopwatch(device, cold_cache) if device.type == "cuda" else _ClockStopwatch()
-    calls = {name: 1 if cold_cache else _calls_per_sample(fn, stopwatch) for name, fn in fns.items()}
+    once = {name: _warm_up(fn, stopwatch) for name, fn in fns.items()}
+    slowest = max(once.values())
+    calls = {name: 1 if cold_cache else max(1, round(_SAMPLE_SECONDS / once[name])) for name in fns}
+    slow = slowest > _SLOW_SECONDS
+    repeats = {name: min(10, math.ceil(slowest / once[name] / 10)) if slow else 1 for name in fns}
+    rounds = min_runs or (3 if slow else 5)
     samples: dict[str, list[float]] = {name: [] for name in fns}
     names = list(fns)
     with _no_gc():
         deadline = time.perf_counter() + seconds * len(fns)
-        while len(samples[names[0]]) < min_runs or time.perf_counter() < deadline:
+        while rounds > 0 or time.perf_counter() < deadline:
             for name in names:
-                samples[name].append(stopwatch.time(fns[name], calls[name]))
+                samples[name] += [stopwatch.time(fns[name], calls[name]) for _ in range(repeats[name])]
             names.append(names.pop(0))
+            rounds -= 1
     return {name: _summary(samples[name], calls[name]) for name in fns}
 
 
@@ -117,11 +130,11 @@ class _EventStopwatch(_Stopwatch):
         return start.elapsed_time(end) * 1e-3 / calls
 
 
-def _calls_per_sample(fn: Call, stopwatch: _Stopwatch) -> int:
-    """Warm up, and count the calls that fill a sample."""
-    fn()  # compiles, allocates, chooses algorithms
-    once = min(stopwatch.time(fn, 1) for _ in range(2))
-    return max(1, round(_SAMPLE_SECONDS / max(once, 1e-7)))
+def _warm_up(fn: Call, stopwatch: _Stopwatch) -> float:
+    """Run ``fn`` until it no longer compiles, allocates or chooses algorithms; seconds that it takes then, roughly."""
+    fn()
+    once = stopwatch.time(fn, 1)
+    return max(once if once > _SLOW_SECONDS else min(once, stopwatch.time(fn, 1)), 1e-7)
 
 
 def _summary(samples: list[float], calls: int) -> Timing:

@@ -54,7 +54,10 @@ def test_threads_are_set_and_recorded(tmp_path):
     "options, message",
     [
         (["--model", "cmt_xl"], "unknown model 'cmt_xl'; expected one of cmt_ti, cmt_xs, cmt_s, cmt_b"),
-        (["--provider", "theirs"], "unknown provider 'theirs'; expected one of original, reference, auto"),
+        (
+            ["--provider", "theirs"],
+            "unknown provider 'theirs'; expected one of original, original-channels-last, reference",
+        ),
         (["--dtype", "int8"], "unknown dtype 'int8'; expected one of float32, bfloat16"),
         (["--mode", "train"], "unknown mode 'train'; expected one of inference, training"),
         (["--batch", "0"], "batch must be at least 1, got 0"),

@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 
+from cmt_fast.testing import timing
 from cmt_fast.testing.timing import measure, measure_interleaved, peak_memory
 
 
@@ -70,3 +71,10 @@ def test_gpu_time_and_memory():
     cold = measure_interleaved({"copy": lambda: x.clone()}, seconds=0.2, device="cuda", cold_cache=True)["copy"]
     assert 2 * x.nbytes / cold.median < 10e12, "no memory is that fast"
     assert peak_memory(lambda: x @ x, "cuda") == x.nbytes
+
+
+def test_a_slow_call_runs_three_times_and_others_more_often(monkeypatch):
+    monkeypatch.setattr(timing, "_SLOW_SECONDS", 0.05)
+    timings = measure_interleaved({"slow": lambda: time.sleep(0.06), "fast": lambda: time.sleep(0.002)}, seconds=1e-6)
+    assert timings["slow"].runs == 3
+    assert 3 * 2 <= timings["fast"].runs <= 3 * 10
