@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cmt_fast.cli import predict as command
+from cmt_fast.cli import weights
 from cmt_fast.data.digits import digits_preprocess, load_digit_images
 from cmt_fast.data.preprocess import Preprocess
 from cmt_fast.models.checkpoint import save_checkpoint
@@ -117,15 +117,15 @@ def test_weights_without_layout(cmt_fast, tmp_path, folder, monkeypatch):
     """The original's files hold only weights: --model says what they are."""
     model = small_model(num_classes=7)
     torch.save({"model": model.state_dict()}, tmp_path / "original.pth")
-    monkeypatch.setattr(command, "create", lambda name, **kwargs: small_model(**{**kwargs, "img_size": 32}))
+    monkeypatch.setattr(weights, "create", lambda name, **kwargs: small_model(**{**kwargs, "img_size": 32}))
     code, out, err = cmt_fast("predict", folder, "--checkpoint", tmp_path / "original.pth", "--model", "cmt_s")
     assert code == 0, err
     assert "class 0" in out
 
 
 def test_published_weights(cmt_fast, folder, monkeypatch):
-    monkeypatch.setattr(command, "create", lambda name, pretrained: small_model(num_classes=1000))
-    monkeypatch.setattr(command, "imagenet_class_names", lambda: [f"thing {i}" for i in range(1000)])
+    monkeypatch.setattr(weights, "create", lambda name, pretrained: small_model(num_classes=1000))
+    monkeypatch.setattr(weights, "imagenet_class_names", lambda: [f"thing {i}" for i in range(1000)])
     code, out, err = cmt_fast("predict", folder, "--model", "cmt_s", "--pretrained")
     assert code == 0, err
     assert "thing " in out
@@ -152,7 +152,8 @@ def test_imagenet_names():
         (["gone.png", "--checkpoint", "CHECKPOINT"], "no file or folder gone.png"),
         (["EMPTY", "--checkpoint", "CHECKPOINT"], "holds no image"),
         (["IMAGE", "--checkpoint", "CHECKPOINT", "-o", "result.txt"], "--output must end in .json or .csv"),
-        (["IMAGE", "--checkpoint", "CHECKPOINT", "--amp", "fp8"], "--amp must be off, auto, bf16 or fp16"),
+        (["IMAGE", "--checkpoint", "CHECKPOINT", "--dtype", "fp8"], "--dtype must be float32, bfloat16, float16 or auto"),
+        (["IMAGE", "--checkpoint", "CHECKPOINT", "--amp", "bf16"], "give --dtype bfloat16"),
         (["IMAGE", "--checkpoint", "CHECKPOINT", "--device", "tpu"], "device must be auto, cpu, cuda or cuda:N"),
         (["IMAGE", "--checkpoint", "CHECKPOINT", "-k", "0"], "Invalid value for '--top-k'"),
         (["IMAGE", "--checkpoint", "CHECKPOINT", "--img-size", "3"], "both sides must be at least"),
