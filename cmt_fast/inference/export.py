@@ -7,11 +7,13 @@ know: see :func:`metadata`.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,9 +130,10 @@ def export_aoti(
     program = trace(packed, batch_size=batch_size, any_size=any_size)
     notes = as_text(metadata(packed, batch_size=batch_size, any_size=any_size, **extra))
     package = io.BytesIO()
-    torch._inductor.aoti_compile_and_package(
-        program, package_path=package, inductor_configs={"aot_inductor.metadata": notes}
-    )
+    with without_warnings():
+        torch._inductor.aoti_compile_and_package(
+            program, package_path=package, inductor_configs={"aot_inductor.metadata": notes}
+        )
     return write_atomically(path, lambda file: file.write(package.getbuffer()))
 
 
@@ -162,8 +165,7 @@ def export_onnx(
         raise ImportError("exporting to ONNX needs onnx and onnxscript: pip install 'cmt-fast[export]'") from error
     program = trace(packed, batch_size=batch_size, any_size=any_size)
     axes = ({} if batch_size else {0: "batch"}) | ({2: "height", 3: "width"} if any_size else {})
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch about itself
+    with without_warnings():
         converted = torch.onnx.export(
             program,
             dynamo=True,
@@ -217,6 +219,14 @@ def metadata(packed: PackedModel, *, batch_size: int | None = None, any_size: bo
 def as_text(notes: dict) -> dict[str, str]:
     """For formats that hold text only: strings as they are, everything else as JSON."""
     return {name: value if isinstance(value, str) else json.dumps(value) for name, value in notes.items()}
+
+
+@contextlib.contextmanager
+def without_warnings() -> Iterator[None]:
+    """Leave out what PyTorch's exporters and their loaders warn of themselves."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _require_compiler() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cmt_fast.inference import PackedModel, load_packed, run
-from cmt_fast.inference.export import INPUT, ExportablePacked, size_step
+from cmt_fast.inference.export import INPUT, ExportablePacked, size_step, without_warnings
 from cmt_fast.testing.tolerance import Comparison, compare
 
 Runner = Callable[[Tensor], "Tensor | list[Tensor]"]
@@ -21,7 +21,8 @@ IMAGES = 8
 
 def load_torch(path: Path) -> Runner:
     """A file of ``export_torch``."""
-    return torch.export.load(path).module()
+    with without_warnings():
+        return torch.export.load(path).module()
 
 
 def load_aoti(path: Path) -> Runner:

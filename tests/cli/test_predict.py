@@ -152,7 +152,10 @@ def test_imagenet_names():
         (["gone.png", "--checkpoint", "CHECKPOINT"], "no file or folder gone.png"),
         (["EMPTY", "--checkpoint", "CHECKPOINT"], "holds no image"),
         (["IMAGE", "--checkpoint", "CHECKPOINT", "-o", "result.txt"], "--output must end in .json or .csv"),
-        (["IMAGE", "--checkpoint", "CHECKPOINT", "--dtype", "fp8"], "--dtype must be float32, bfloat16, float16 or auto"),
+        (
+            ["IMAGE", "--checkpoint", "CHECKPOINT", "--dtype", "fp8"],
+            "--dtype must be float32, bfloat16, float16 or auto",
+        ),
         (["IMAGE", "--checkpoint", "CHECKPOINT", "--amp", "bf16"], "give --dtype bfloat16"),
         (["IMAGE", "--checkpoint", "CHECKPOINT", "--device", "tpu"], "device must be auto, cpu, cuda or cuda:N"),
         (["IMAGE", "--checkpoint", "CHECKPOINT", "-k", "0"], "Invalid value for '--top-k'"),
