@@ -10,8 +10,10 @@ from PIL import Image
 from cmt_fast.cli import weights
 from cmt_fast.data.digits import digits_preprocess, load_digit_images
 from cmt_fast.data.preprocess import Preprocess
+from cmt_fast.inference import pack, save_packed
 from cmt_fast.models.checkpoint import save_checkpoint
 from cmt_fast.models.cmt import CMT
+from cmt_fast.models.features import CMTFeatures
 
 pytestmark = pytest.mark.needs("timm", "torchvision")
 
@@ -103,6 +105,53 @@ def test_every_kind_of_image(cmt_fast, tmp_path, mode, channels):
 def test_other_size(cmt_fast, checkpoint, folder):
     code, _, err = cmt_fast("predict", folder, "--checkpoint", checkpoint[0], "--img-size", 48)
     assert code == 0, err
+
+
+def test_processes_read_the_same(cmt_fast, checkpoint, folder, tmp_path):
+    """In the order of the files, unreadable ones in their places, whoever reads them."""
+    (folder / "b.png").write_bytes(b"no image")
+    written = []
+    for workers, batch_size in ((0, 32), (2, 1), (2, 2)):
+        result = tmp_path / f"{workers}-{batch_size}.json"
+        arguments = ("--workers", workers, "-b", batch_size, "-o", result)
+        code, out, err = cmt_fast("predict", folder, folder / "a.png", "--checkpoint", checkpoint[0], *arguments)
+        assert code == 0, err
+        assert ("2 processes beside it" if workers else "in turn with it") in out
+        written.append(json.loads(result.read_text()))
+    for entries in written:
+        assert ["error" in entry for entry in entries] == [False, True, False, False]
+        assert [entry["image"] for entry in entries] == [entry["image"] for entry in written[0]]
+        for entry, first in zip(entries, written[0]):
+            assert [c["class"] for c in entry.get("classes", [])] == [c["class"] for c in first.get("classes", [])]
+
+
+def test_dtype(cmt_fast, checkpoint, folder):
+    code, out, err = cmt_fast("predict", folder, "--checkpoint", checkpoint[0], "--dtype", "bfloat16")
+    assert code == 0, err
+    assert "the model alone" in out and "(bfloat16, " in out
+
+
+def test_packed_file(cmt_fast, checkpoint, folder, tmp_path):
+    """It has the class names and the preprocessing; without them, those of a checkpoint without them."""
+    packed = save_packed(
+        pack(checkpoint[1]), tmp_path / "p.safetensors", class_names=DIGITS, preprocess=digits_preprocess(32).as_dict()
+    )
+    results = []
+    for path in (checkpoint[0], packed):
+        result = tmp_path / "result.csv"
+        code, _, err = cmt_fast("predict", folder, "--checkpoint", path, "-o", result)
+        assert code == 0, err
+        results.append(result.read_text())
+    assert results[0] == results[1] and "digit" in results[0]
+    bare = save_packed(pack(small_model(num_classes=4)), tmp_path / "bare.safetensors")
+    code, out, err = cmt_fast("predict", folder, "--checkpoint", bare)
+    assert code == 0 and "class 0" in out, err
+
+
+def test_feature_maps_have_no_classes(cmt_fast, folder, tmp_path):
+    packed = save_packed(pack(CMTFeatures(small_model())), tmp_path / "maps.safetensors")
+    code, _, err = cmt_fast("predict", folder, "--checkpoint", packed)
+    assert code == 2 and "no classes to name" in err
 
 
 def test_many_images_are_shortened(cmt_fast, checkpoint, tmp_path):
