@@ -35,9 +35,10 @@ def printed_lines(out):
 def documented_lines(file, images):
     """Run what docs/export.md says of a file in the working directory; what it defines."""
     text = (Path(__file__).parents[2] / "docs/export.md").read_text()
-    (code,) = [block for block in text.split("```python\n")[1:] if f'"{file}"' in block and "aoti" not in block]
+    blocks = [block.partition("```")[0] for block in text.split("```python\n")[1:]]
+    (code,) = [block for block in blocks if f'"{file}"' in block and "aoti" not in block]
     defined = {"images": images}
-    exec(code.partition("```")[0], defined)
+    exec(code, defined)
     return defined
 
 
