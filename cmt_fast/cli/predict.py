@@ -147,6 +147,7 @@ def predict(
         f"the model alone {len(read) / computing:.1f} images/s ({str(fast.dtype).removeprefix('torch.')}, {fast.backend}), "
         f"reading alone {len(results) * max(1, workers) / reading:.1f} images/s ({processes})",
         highlight=False,
+        soft_wrap=True,
     )
 
 
