@@ -11,7 +11,7 @@ import pytest
 import cmt_fast
 
 PACKAGE = Path(cmt_fast.__file__).parent
-OPTIONAL = ("triton", "timm", "typer", "rich", "safetensors", "torchvision", "sklearn", "matplotlib", "PIL")
+OPTIONAL = ("triton", "timm", "typer", "rich", "safetensors", "torchvision", "sklearn", "matplotlib", "PIL", "onnx", "onnxscript", "onnxruntime")  # fmt: skip
 
 # ---- a cold start -------------------------------------------------------------------------------------------------------
 

@@ -8,9 +8,9 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, NamedTuple
 
 import torch
 import typer
@@ -22,31 +22,25 @@ from rich.text import Text
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from cmt_fast.backend import use_backend
 from cmt_fast.cli.console import console, errors
-from cmt_fast.data.class_names import imagenet_class_names
+from cmt_fast.cli.weights import (
+    CheckpointOption,
+    DtypeOption,
+    ModelOption,
+    PretrainedOption,
+    load_trained,
+    packed_model,
+)
 from cmt_fast.data.images import find_images, read_image
-from cmt_fast.data.preprocess import Preprocess, Transform
-from cmt_fast.models.checkpoint import load_checkpoint, load_model, read_checkpoint
-from cmt_fast.models.checkpoint_fit import describe_layout, layout_of
-from cmt_fast.models.cmt import CMT
-from cmt_fast.models.create import create
-from cmt_fast.models.variants import VARIANTS
-from cmt_fast.training.config import TrainConfig, find_device
+from cmt_fast.data.preprocess import Preprocess
+from cmt_fast.inference.optimize import OptimizedModel, optimize
+from cmt_fast.training.config import find_device
 from cmt_fast.training.data import ignore_interrupt
-from cmt_fast.training.engine import autocast
 
 #: With more images than this, one line an image is printed, and of these at most SHOWN_LINES.
 DETAILED, SHOWN_LINES = 10, 40
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A model that can name what it sees."""
-
-    model: CMT
-    class_names: list[str]
-    preprocess: Preprocess
+#: From so many images on, starting processes that read them takes less time than it saves.
+MANY = 64
 
 
 @dataclass(frozen=True)
@@ -63,18 +57,9 @@ def predict(
         list[Path],
         typer.Argument(help="Image files, or folders, of which every image below is taken.", show_default=False),
     ],
-    checkpoint: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Weights saved by cmt-fast train (with the model's layout, class names and preprocessing inside), or the "
-            "original's file together with --model.",
-        ),
-    ] = None,
-    model: Annotated[str | None, typer.Option(help=f"Which model: {', '.join(VARIANTS)}.")] = None,
-    pretrained: Annotated[
-        bool, typer.Option("--pretrained", help="Use the original's published ImageNet weights of --model.")
-    ] = False,
+    checkpoint: CheckpointOption = None,
+    model: ModelOption = None,
+    pretrained: PretrainedOption = False,
     top_k: Annotated[int, typer.Option("--top-k", "-k", min=1, help="How many classes to show.")] = 5,
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images the model sees at once.")] = 32,
     img_size: Annotated[
@@ -87,11 +72,12 @@ def predict(
         Path | None, typer.Option("--output", "-o", help="Also write every result to this .json or .csv file.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    amp: Annotated[str, typer.Option(help="Autocast: off, bf16, fp16, or auto (bf16 or fp16 on a GPU).")] = "off",
+    dtype: DtypeOption = "auto",
+    amp: Annotated[str | None, typer.Option(hidden=True)] = None,
     backend: Annotated[str, typer.Option(help="auto, triton, native or reference (see: cmt-fast info).")] = "auto",
     workers: Annotated[
         int | None,
-        typer.Option(min=0, help="Processes that read images. \\[default: 0, or up to 4 from 256 images on]"),
+        typer.Option(min=0, help="Processes that read images. \\[default: one a core, at most 4; 0 below 64 images]"),
     ] = None,
 ) -> None:
     """Say what is in images: the most likely classes and their probabilities.
@@ -104,16 +90,20 @@ def predict(
     """
     if output is not None and output.suffix not in (".json", ".csv"):
         raise ValueError(f"--output must end in .json or .csv, got {output}")
-    if amp not in ("off", "auto", "bf16", "fp16"):
-        raise ValueError(f"--amp must be off, auto, bf16 or fp16, got {amp!r}")
+    if amp is not None:
+        raise ValueError("--amp is gone, the model is packed in one dtype: give --dtype bfloat16, float16 or float32")
     where = find_device(device)
     paths = find_images(images)
-    trained = load_trained(checkpoint, model, pretrained, img_size)
+    trained = load_trained(checkpoint, model, pretrained, img_size, where)
+    if not trained.class_names:
+        raise ValueError("this model has no classes to name: it returns features")
+    fast = optimize(packed_model(trained.model, dtype, where), backend=backend)
     if workers is None:
-        workers = min(4, os.cpu_count() or 1) if len(paths) >= 256 else 0
+        workers = min(4, os.cpu_count() or 1) if len(paths) >= MANY else 0
 
     start = time.perf_counter()
     results: list[Prediction] = []
+    reading = computing = 0.0
     bars = Progress(
         TextColumn("predicting"),
         BarColumn(),
@@ -123,11 +113,12 @@ def predict(
         console=errors,
         transient=True,
     )
-    dtype = TrainConfig("", amp=amp).amp_dtype(where)
-    with use_backend(backend), bars:
+    with bars:
         bar = bars.add_task("", total=len(paths), speed="")
-        for batch in run(trained, paths, where, dtype, top_k, batch_size, workers):
-            results += batch
+        for batch in run(fast, paths, trained.preprocess, trained.class_names, top_k, batch_size, workers):
+            results += batch.predictions
+            reading += batch.reading
+            computing += batch.computing
             speed = len(results) / (time.perf_counter() - start)
             bars.update(bar, completed=len(results), speed=f"{speed:.0f} images/s")
     seconds = time.perf_counter() - start
@@ -151,124 +142,101 @@ def predict(
     )
     if not read:
         raise typer.Exit(1)
+    processes = f"{workers} process{'es' * (workers != 1)} beside it" if workers else "in turn with it"
+    console.print(
+        f"the model alone {len(read) / computing:.1f} images/s ({str(fast.dtype).removeprefix('torch.')}, {fast.backend}), "
+        f"reading alone {len(results) * max(1, workers) / reading:.1f} images/s ({processes})",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
-def load_trained(checkpoint: Path | None, model: str | None, pretrained: bool, img_size: int | None) -> Trained:
-    """The model asked for, in eval mode.
+class ImageBatch(NamedTuple):
+    """Files that were read together.
 
-    Raises:
-        ValueError: if the options do not name trained weights, or contradict each other.
-        CheckpointError, OSError: if the weights cannot be read or do not fit.
+    Attributes:
+        images: (n, C, H, W) of those that could be read, in their order.
+        failures: of each file why it could not be read, or None.
+        seconds: that reading took.
     """
-    if model is not None and model not in VARIANTS:
-        raise ValueError(f"unknown model {model!r}; expected one of {', '.join(VARIANTS)}")
-    if checkpoint is not None and pretrained:
-        raise ValueError("--checkpoint and --pretrained both name weights; choose one")
-    if checkpoint is None and not (model and pretrained):
-        raise ValueError(
-            "which weights? Give --checkpoint FILE (of cmt-fast train), or --model cmt_s --pretrained for the published ones"
-        )
-    if checkpoint is None:
-        assert model is not None
-        trained = _published(model)
-    else:
-        trained = _from_file(checkpoint, model)
-    if img_size is not None:
-        trained.model.set_input_size(img_size)
-        trained = replace(trained, preprocess=replace(trained.preprocess, img_size=(img_size, img_size)))
-    trained.model.eval()
-    return trained
+
+    images: Tensor
+    failures: list[str | None]
+    seconds: float
 
 
-def _published(name: str) -> Trained:
-    model = create(name, pretrained=True)
-    assert isinstance(model, CMT)
-    return Trained(model, imagenet_class_names(), Preprocess(img_size=model.img_size))
+class ImageBatches(Dataset[ImageBatch]):
+    """The files ``paths`` in batches. A batch is one tensor already in the process that reads it, to be handed over at once."""
 
-
-def _from_file(path: Path, name: str | None) -> Trained:
-    content = read_checkpoint(path, mmap=True)
-    if content.config is not None:
-        model = load_model(path)
-        held, asked = layout_of(model.state_dict()), VARIANTS[name].config if name else None
-        if asked and held != (asked["embed_dims"], asked["depths"]):
-            raise ValueError(f"{path} holds {describe_layout(held)}, but --model says {name}: leave --model out")
-    elif name is None:
-        raise ValueError(f"{path} does not say which model it holds: give --model too, one of {', '.join(VARIANTS)}")
-    else:
-        head = content.state_dict.get("head.weight", content.state_dict.get("module.head.weight"))
-        built = create(name, num_classes=1000 if head is None else head.shape[0], img_size=VARIANTS[name].resolution)
-        assert isinstance(built, CMT)
-        model = built
-        load_checkpoint(model, path)
-    saved = content.extra.get("preprocess")
-    if saved is not None:
-        preprocess = Preprocess.from_dict(saved)
-    elif model.in_chans == 3:
-        preprocess = Preprocess(img_size=model.img_size)
-    else:
-        raise ValueError(
-            f"{path} does not record its preprocessing, and there is none to assume for {model.in_chans} channels: "
-            'save_checkpoint(model, path, preprocess={"img_size": [H, W], "mean": [...], "std": [...]})'
-        )
-    return Trained(model, _class_names(content.extra.get("class_names"), model.num_classes), preprocess)
-
-
-def _class_names(saved: Sequence[str] | None, count: int) -> list[str]:
-    if saved is not None:
-        return list(saved)
-    return imagenet_class_names() if count == 1000 else [f"class {i}" for i in range(count)]
-
-
-class ImageFiles(Dataset[tuple[int, "Tensor | str"]]):
-    """(index, image (C, H, W)), or (index, why it could not be read)."""
-
-    def __init__(self, paths: Sequence[Path], channels: int, transform: Transform) -> None:
-        self.paths, self.channels, self.transform = paths, channels, transform
+    def __init__(self, paths: Sequence[Path], preprocess: Preprocess, batch_size: int) -> None:
+        self.paths, self.preprocess, self.batch_size = paths, preprocess, batch_size
+        self.transform = preprocess.evaluation()
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return -(-len(self.paths) // self.batch_size)
 
-    def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
-        path = self.paths[index]
-        try:
-            return index, self.transform(read_image(path, self.channels))
-        except (OSError, ValueError) as error:
-            return index, str(error)
+    def __getitem__(self, index: int) -> ImageBatch:
+        start = time.perf_counter()
+        images: list[Tensor] = []
+        failures: list[str | None] = []
+        for path in self.paths[index * self.batch_size : (index + 1) * self.batch_size]:
+            try:
+                images.append(self.transform(read_image(path, self.preprocess.channels)))
+                failures.append(None)
+            except (OSError, ValueError) as error:
+                failures.append(str(error))
+        batch = torch.stack(images) if images else torch.empty(0, self.preprocess.channels, *self.preprocess.img_size)
+        return ImageBatch(batch, failures, time.perf_counter() - start)
 
 
-@torch.inference_mode()
+class Predicted(NamedTuple):
+    """A batch's predictions, and the seconds that reading it and computing it took."""
+
+    predictions: list[Prediction]
+    reading: float
+    computing: float
+
+
 def run(
-    trained: Trained,
+    model: OptimizedModel,
     paths: Sequence[Path],
-    device: torch.device,
-    amp_dtype: torch.dtype | None,
+    preprocess: Preprocess,
+    class_names: Sequence[str],
     top_k: int,
     batch_size: int,
     workers: int,
-) -> Iterator[list[Prediction]]:
-    """Predictions in the order of ``paths``, a batch at a time."""
-    model = trained.model.to(device)
-    files = ImageFiles(paths, trained.preprocess.channels, trained.preprocess.evaluation())
-    loader: DataLoader[Any] = DataLoader(
-        files, batch_size, num_workers=workers, collate_fn=list, worker_init_fn=ignore_interrupt
+) -> Iterator[Predicted]:
+    """Predictions in the order of ``paths``, a batch at a time, while ``workers`` processes read the next ones."""
+    files = ImageBatches(paths, preprocess, batch_size)
+    loader: DataLoader[ImageBatch] = DataLoader(
+        files, batch_size=None, num_workers=workers, worker_init_fn=ignore_interrupt
     )
-    for batch in loader:
-        tensors = [image for _, image in batch if isinstance(image, Tensor)]
-        likely: Iterator[tuple[list[float], list[int]]] = iter(())
-        if tensors:
-            with autocast(device, amp_dtype):
-                probabilities = model(torch.stack(tensors).to(device)).float().softmax(1)
-            top = probabilities.topk(min(top_k, probabilities.shape[1]), dim=1)
-            likely = iter(zip(top.values.tolist(), top.indices.tolist()))
-        found = []
-        for index, image in batch:
-            if isinstance(image, str):
-                found.append(Prediction(paths[index], [], image))
-            else:
-                values, indices = next(likely)
-                found.append(Prediction(paths[index], [(trained.class_names[i], p) for i, p in zip(indices, values)]))
-        yield found
+    remaining = iter(paths)
+    for images, failures, reading in loader:
+        start = time.perf_counter()
+        likely = iter(most_likely(model, images, class_names, top_k))
+        computing = time.perf_counter() - start
+        found = [
+            Prediction(path, [], error) if error else Prediction(path, next(likely))
+            for error, path in zip(failures, remaining)  # in this order, or zip would take one path too many
+        ]
+        yield Predicted(found, reading, computing)
+
+
+@torch.inference_mode()
+def most_likely(
+    model: OptimizedModel, images: Tensor, class_names: Sequence[str], top_k: int
+) -> list[list[tuple[str, float]]]:
+    """Of each image (n, C, H, W) its ``top_k`` (class name, probability) pairs."""
+    if len(images) == 0:
+        return []
+    scores = model(images.to(model.device))
+    assert isinstance(scores, Tensor)
+    top = scores.float().softmax(1).topk(min(top_k, len(class_names)), dim=1)
+    return [
+        [(class_names[i], p) for i, p in zip(indices, values)]
+        for indices, values in zip(top.indices.tolist(), top.values.tolist())
+    ]
 
 
 def table(results: Sequence[Prediction]) -> Table:

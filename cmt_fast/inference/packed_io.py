@@ -19,7 +19,8 @@ from cmt_fast.models.checkpoint_io import CheckpointError, write_atomically
 #: Counted up whenever a file written now could not be read, or would compute something else, before.
 FORMAT = 1
 
-_KEY = "cmt_fast.packed"
+#: The metadata entry that makes a safetensors file a packed model.
+PACKED_KEY = "cmt_fast.packed"
 _KINDS = {
     kind.__name__: kind
     for kind in (
@@ -38,17 +39,20 @@ _KINDS = {
 }
 
 
-def save_packed(packed: PackedModel, path: str | os.PathLike) -> Path:
+def save_packed(packed: PackedModel, path: str | os.PathLike, **extra: Any) -> Path:
     """Save a packed model; a file that was there is replaced at once or not at all.
 
     Args:
         packed: from :func:`pack`.
         path: the safetensors file to write; its folder must exist.
+        **extra: further entries that JSON can hold (``class_names=[...]``, ``preprocess={...}``);
+            ``cmt_fast.read_checkpoint(path).extra`` has them.
 
     Returns:
         The path written.
 
     Raises:
+        TypeError: if JSON cannot hold an entry.
         OSError: if the file cannot be written.
         ImportError: without safetensors.
     """
@@ -57,8 +61,9 @@ def save_packed(packed: PackedModel, path: str | os.PathLike) -> Path:
     except ImportError as error:
         raise ImportError("saving a packed model needs safetensors: pip install 'cmt-fast[checkpoints]'") from error
     tensors: dict[str, Tensor] = {}
-    tree = _take_apart(packed, "", tensors)
-    metadata = {_KEY: json.dumps({"format": FORMAT, "version": __version__, "program": tree})}
+    tree = take_apart(packed, "", tensors)
+    metadata = {name: json.dumps(value) for name, value in extra.items()}
+    metadata[PACKED_KEY] = json.dumps({"format": FORMAT, "version": __version__, "program": tree})
     data = save(tensors, metadata=metadata)
     return write_atomically(path, lambda file: file.write(data))
 
@@ -88,26 +93,26 @@ def load_packed(path: str | os.PathLike, *, device: torch.device | str = "cpu") 
     try:
         with safe_open(str(path), framework="pt", device=str(device)) as file:
             metadata = file.metadata() or {}
-            names = file.keys() if _KEY in metadata else ()
+            names = file.keys() if PACKED_KEY in metadata else ()
             # Copied: the file's mapping is aligned to 8 bytes, and would change or vanish with the file.
             tensors = {name: file.get_tensor(name).clone() for name in names}
     except SafetensorError as error:
         raise CheckpointError(
             f"{path} is not a complete safetensors file ({error}): save or copy the packed model again"
         ) from error
-    if _KEY not in metadata:
+    if PACKED_KEY not in metadata:
         raise CheckpointError(
             f"{path} holds no packed model: if it is a checkpoint, pack(cmt_fast.load_model(path)) packs it"
         )
     try:
-        content = json.loads(metadata[_KEY])
+        content = json.loads(metadata[PACKED_KEY])
         format_, version = content["format"], content["version"]
         if format_ > FORMAT:
             raise CheckpointError(
                 f"{path} was written by cmt_fast {version} in format {format_}, newer than the {FORMAT} that cmt_fast {__version__} "
                 "reads: upgrade cmt_fast, or pack the model again with this version"
             )
-        packed = _put_together(content["program"], tensors)
+        packed = put_together(content["program"], tensors)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(
             f"{path} is damaged, its program does not fit together ({error}): pack the model again"
@@ -117,29 +122,29 @@ def load_packed(path: str | os.PathLike, *, device: torch.device | str = "cpu") 
     return packed
 
 
-def _take_apart(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """JSON of ``value``, its tensors moved into ``tensors`` under dotted names."""
+def take_apart(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """What JSON can hold of ``value``: its tensors are moved into ``tensors`` under dotted names."""
     if isinstance(value, Tensor):
         tensors[name] = value
         return {"tensor": name}
     if dataclasses.is_dataclass(value):
         prefix = f"{name}." if name else ""
         fields = {
-            f.name: _take_apart(getattr(value, f.name), prefix + f.name, tensors) for f in dataclasses.fields(value)
+            f.name: take_apart(getattr(value, f.name), prefix + f.name, tensors) for f in dataclasses.fields(value)
         }
         return {"step": type(value).__name__, **fields}
     if isinstance(value, tuple):
-        return [_take_apart(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]
+        return [take_apart(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]
     return value
 
 
-def _put_together(tree: Any, tensors: dict[str, Tensor]) -> Any:
-    """The inverse of :func:`_take_apart`."""
+def put_together(tree: Any, tensors: dict[str, Tensor]) -> Any:
+    """The inverse of :func:`take_apart`."""
     if isinstance(tree, list):
-        return tuple(_put_together(item, tensors) for item in tree)
+        return tuple(put_together(item, tensors) for item in tree)
     if not isinstance(tree, dict):
         return tree
     if "tensor" in tree:
         return tensors[tree["tensor"]]
-    fields = {name: _put_together(item, tensors) for name, item in tree.items() if name != "step"}
+    fields = {name: put_together(item, tensors) for name, item in tree.items() if name != "step"}
     return _KINDS[tree["step"]](**fields)

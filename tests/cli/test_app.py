@@ -21,7 +21,7 @@ def test_version():
 def test_help_names_every_command():
     result = run("--help")
     assert result.returncode == 0
-    assert all(name in result.stdout for name in ("info", "verify", "bench", "predict", "train", "demo"))
+    assert all(name in result.stdout for name in ("info", "verify", "bench", "predict", "export", "train", "demo"))
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from cmt_fast.cli import predict as command
+from cmt_fast.cli import weights
 from cmt_fast.data.digits import digits_preprocess, load_digit_images
 from cmt_fast.data.preprocess import Preprocess
+from cmt_fast.inference import pack, save_packed
 from cmt_fast.models.checkpoint import save_checkpoint
 from cmt_fast.models.cmt import CMT
+from cmt_fast.models.features import CMTFeatures
 
 pytestmark = pytest.mark.needs("timm", "torchvision")
 
@@ -105,6 +107,53 @@ def test_other_size(cmt_fast, checkpoint, folder):
     assert code == 0, err
 
 
+def test_processes_read_the_same(cmt_fast, checkpoint, folder, tmp_path):
+    """In the order of the files, unreadable ones in their places, whoever reads them."""
+    (folder / "b.png").write_bytes(b"no image")
+    written = []
+    for workers, batch_size in ((0, 32), (2, 1), (2, 2)):
+        result = tmp_path / f"{workers}-{batch_size}.json"
+        arguments = ("--workers", workers, "-b", batch_size, "-o", result)
+        code, out, err = cmt_fast("predict", folder, folder / "a.png", "--checkpoint", checkpoint[0], *arguments)
+        assert code == 0, err
+        assert ("2 processes beside it" if workers else "in turn with it") in out
+        written.append(json.loads(result.read_text()))
+    for entries in written:
+        assert ["error" in entry for entry in entries] == [False, True, False, False]
+        assert [entry["image"] for entry in entries] == [entry["image"] for entry in written[0]]
+        for entry, first in zip(entries, written[0]):
+            assert [c["class"] for c in entry.get("classes", [])] == [c["class"] for c in first.get("classes", [])]
+
+
+def test_dtype(cmt_fast, checkpoint, folder):
+    code, out, err = cmt_fast("predict", folder, "--checkpoint", checkpoint[0], "--dtype", "bfloat16")
+    assert code == 0, err
+    assert "the model alone" in out and "(bfloat16, " in out
+
+
+def test_packed_file(cmt_fast, checkpoint, folder, tmp_path):
+    """It has the class names and the preprocessing; without them, those of a checkpoint without them."""
+    packed = save_packed(
+        pack(checkpoint[1]), tmp_path / "p.safetensors", class_names=DIGITS, preprocess=digits_preprocess(32).as_dict()
+    )
+    results = []
+    for path in (checkpoint[0], packed):
+        result = tmp_path / "result.csv"
+        code, _, err = cmt_fast("predict", folder, "--checkpoint", path, "-o", result)
+        assert code == 0, err
+        results.append(result.read_text())
+    assert results[0] == results[1] and "digit" in results[0]
+    bare = save_packed(pack(small_model(num_classes=4)), tmp_path / "bare.safetensors")
+    code, out, err = cmt_fast("predict", folder, "--checkpoint", bare)
+    assert code == 0 and "class 0" in out, err
+
+
+def test_feature_maps_have_no_classes(cmt_fast, folder, tmp_path):
+    packed = save_packed(pack(CMTFeatures(small_model())), tmp_path / "maps.safetensors")
+    code, _, err = cmt_fast("predict", folder, "--checkpoint", packed)
+    assert code == 2 and "no classes to name" in err
+
+
 def test_many_images_are_shortened(cmt_fast, checkpoint, tmp_path):
     image = load_digit_images(held_out=True)[0][0]
     for i in range(45):
@@ -117,15 +166,15 @@ def test_weights_without_layout(cmt_fast, tmp_path, folder, monkeypatch):
     """The original's files hold only weights: --model says what they are."""
     model = small_model(num_classes=7)
     torch.save({"model": model.state_dict()}, tmp_path / "original.pth")
-    monkeypatch.setattr(command, "create", lambda name, **kwargs: small_model(**{**kwargs, "img_size": 32}))
+    monkeypatch.setattr(weights, "create", lambda name, **kwargs: small_model(**{**kwargs, "img_size": 32}))
     code, out, err = cmt_fast("predict", folder, "--checkpoint", tmp_path / "original.pth", "--model", "cmt_s")
     assert code == 0, err
     assert "class 0" in out
 
 
 def test_published_weights(cmt_fast, folder, monkeypatch):
-    monkeypatch.setattr(command, "create", lambda name, pretrained: small_model(num_classes=1000))
-    monkeypatch.setattr(command, "imagenet_class_names", lambda: [f"thing {i}" for i in range(1000)])
+    monkeypatch.setattr(weights, "create", lambda name, pretrained: small_model(num_classes=1000))
+    monkeypatch.setattr(weights, "imagenet_class_names", lambda: [f"thing {i}" for i in range(1000)])
     code, out, err = cmt_fast("predict", folder, "--model", "cmt_s", "--pretrained")
     assert code == 0, err
     assert "thing " in out
@@ -152,7 +201,11 @@ def test_imagenet_names():
         (["gone.png", "--checkpoint", "CHECKPOINT"], "no file or folder gone.png"),
         (["EMPTY", "--checkpoint", "CHECKPOINT"], "holds no image"),
         (["IMAGE", "--checkpoint", "CHECKPOINT", "-o", "result.txt"], "--output must end in .json or .csv"),
-        (["IMAGE", "--checkpoint", "CHECKPOINT", "--amp", "fp8"], "--amp must be off, auto, bf16 or fp16"),
+        (
+            ["IMAGE", "--checkpoint", "CHECKPOINT", "--dtype", "fp8"],
+            "--dtype must be float32, bfloat16, float16 or auto",
+        ),
+        (["IMAGE", "--checkpoint", "CHECKPOINT", "--amp", "bf16"], "give --dtype bfloat16"),
         (["IMAGE", "--checkpoint", "CHECKPOINT", "--device", "tpu"], "device must be auto, cpu, cuda or cuda:N"),
         (["IMAGE", "--checkpoint", "CHECKPOINT", "-k", "0"], "Invalid value for '--top-k'"),
         (["IMAGE", "--checkpoint", "CHECKPOINT", "--img-size", "3"], "both sides must be at least"),
