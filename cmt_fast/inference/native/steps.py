@@ -82,7 +82,7 @@ NATIVE = StepFunctions(stem, patch_embed, lpu, kv, attention, expand, depthwise_
 def _linear(weight: Any, bias: Any, x: Tensor) -> Tensor:
     """(..., in) -> (..., out)."""
     width = weight.data.shape[0] * weight.data.shape[2]
-    vector = torch.zeros(width) if bias is None else bias.data
+    vector = x.new_zeros(width, dtype=torch.float32) if bias is None else bias.data
     y = schema.packed_linear(x.reshape(-1, x.shape[-1]), weight.data, vector, len(weight))
     return y.view(*x.shape[:-1], len(weight))
 
