@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -73,15 +73,29 @@ def _maps(
         stage, grid = packed.stages[i], grids[i]
         table = resize_relative_pos(stage.table, *own_grids[i], *grid)
         stem = packed.stem if i == 0 else None
-        if chunk_bytes is None:
+        images = len(x)
+        if chunk_bytes is not None:
+            hidden = grid.num_queries * len(stage.blocks[0].expand.bias) * packed.dtype.itemsize
+            images = max(1, min(images, chunk_bytes // hidden))
+        if images == len(x):
             x = _stage(stem, stage, table, x, functions)
         else:
-            hidden = grid.num_queries * len(stage.blocks[0].expand.bias) * packed.dtype.itemsize
-            chunks = [_stage(stem, stage, table, c, functions) for c in x.split(max(1, chunk_bytes // hidden))]
-            x = chunks[0] if len(chunks) == 1 else torch.cat(chunks)
+            x = _in_chunks(lambda c: _stage(stem, stage, table, c, functions), x, images)  # noqa: B023 (called here)
         if i in wanted:
             maps[i] = x
     return maps
+
+
+def _in_chunks(function: Callable[[Tensor], Tensor], x: Tensor, images: int) -> Tensor:
+    """``function`` of ``images`` images at a time, each result straight into its place."""
+    out: Tensor | None = None
+    for start in range(0, len(x), images):
+        y = function(x[start : start + images])
+        if out is None:
+            out = y.new_empty(len(x), *y.shape[1:])
+        out[start : start + images] = y
+    assert out is not None  # there are more images than a chunk holds, so at least one
+    return out
 
 
 def _stage(stem: Stem | None, stage: Stage, table: Tensor, x: Tensor, functions: StepFunctions) -> Tensor:
