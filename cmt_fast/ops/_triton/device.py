@@ -47,4 +47,5 @@ def device_limits(device: torch.device) -> DeviceLimits:
 def _of_cuda(index: int) -> DeviceLimits:
     properties = torch.cuda.get_device_properties(index)
     arch = 10 * properties.major + properties.minor
-    return DeviceLimits(arch, properties.shared_memory_per_block_optin, properties.multi_processor_count)
+    shared_memory = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return DeviceLimits(arch, shared_memory, properties.multi_processor_count)

@@ -27,6 +27,9 @@ class Launch:
         reads, writes: bytes that must move at least once; each input counts once, whatever caches do.
         flops: operations of the matrix products, 2 a multiply-add.
         elements: outputs of the elementwise part, that instruction counts are divided by.
+        loops: how often each loop of the kernel runs a time it is entered, in the order of the source (an average where it
+            differs between programs): instruction counts need it, a launch does not.
+        max_registers: of a thread, fewer than the compiler would take; None leaves it the choice.
     """
 
     kernel: Any
@@ -39,6 +42,8 @@ class Launch:
     writes: int
     flops: int
     elements: int
+    loops: tuple[float, ...] = ()
+    max_registers: int | None = None
 
     def run(self) -> None:
         """Launch on the current stream of the tensors' device (in Triton's interpreter: run)."""
