@@ -13,6 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
+from cmt_fast.backend import interpreting
+from cmt_fast.ops._triton.interpreter import repair_interpreter
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -47,4 +50,7 @@ class Launch:
 
     def run(self) -> None:
         """Launch on the current stream of the tensors' device (in Triton's interpreter: run)."""
-        self.kernel[self.grid](**self.arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages)
+        if interpreting():
+            repair_interpreter()
+        options = dict(num_warps=self.num_warps, num_stages=self.num_stages, maxnreg=self.max_registers)
+        self.kernel[self.grid](**self.arguments, **self.constants, **options)
