@@ -32,7 +32,6 @@ class Launch:
         elements: outputs of the elementwise part, that instruction counts are divided by.
         loops: how often each loop of the kernel runs a time it is entered, in the order of the source (an average where it
             differs between programs): instruction counts need it, a launch does not.
-        max_registers: of a thread, fewer than the compiler would take; None leaves it the choice.
     """
 
     kernel: Any
@@ -46,11 +45,9 @@ class Launch:
     flops: int
     elements: int
     loops: tuple[float, ...] = ()
-    max_registers: int | None = None
 
     def run(self) -> None:
         """Launch on the current stream of the tensors' device (in Triton's interpreter: run)."""
         if interpreting():
             repair_interpreter()
-        options = dict(num_warps=self.num_warps, num_stages=self.num_stages, maxnreg=self.max_registers)
-        self.kernel[self.grid](**self.arguments, **self.constants, **options)
+        self.kernel[self.grid](**self.arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages)

@@ -20,11 +20,11 @@ def call_reasons(x: Tensor, *others: Tensor | None) -> list[str]:
         others: the other tensors of the call.
     """
     tensors = [x, *(t for t in others if t is not None)]
-    reasons = machine_reasons("triton")
     devices = {t.device.type for t in tensors}
-    if devices != {"cuda"} and not (interpreting() and devices == {"cpu"}):
-        reasons.append(f"Triton kernels run on CUDA tensors, got {', '.join(str(t.device) for t in tensors)}")
-    elif devices == {"cuda"} and torch.cuda.get_device_capability(x.device) < (8, 0):
+    if devices != {"cuda"} and not (devices == {"cpu"} and interpreting()):
+        return [f"Triton kernels run on CUDA tensors, got {', '.join(sorted(devices))}"]
+    reasons = machine_reasons("triton")
+    if devices == {"cuda"} and torch.cuda.get_device_capability(x.device) < (8, 0):
         capability = ".".join(map(str, torch.cuda.get_device_capability(x.device)))
         reasons.append(f"the kernels need compute capability 8.0 or newer, got {capability}")
     if x.dtype not in DTYPES:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from cmt_fast.ops._triton.device import DeviceLimits
 
-#: Elements of a tile that a thread holds. Two unfinished rows of y, the row of x and nine taps of 8 channels then fill 168 registers,
-#: of which three programs of four warps fit a multiprocessor.
+#: Elements of a tile that a thread holds: a pair of columns by 8 channels of 16 bits. Two unfinished rows of y, the next row of x and nine
+#: taps for them fill 215 to 240 registers, so a multiprocessor runs 8 warps.
 ELEMENTS = 16
-MAX_WARPS = 8
-REGISTERS = 65536  # of a multiprocessor
+MAX_WARPS = WARPS_AT_ONCE = 8
+#: Elements of the largest tile; beyond it a thread's registers spill to memory.
+MAX_TILE = 2 * ELEMENTS * 32 * MAX_WARPS
 
 #: Rows of x that a strip reads beside its own, in units of the work on a row.
 _HALO_ROWS = 2
@@ -21,53 +24,44 @@ class LPUConfig:
     """The tile of a program: see ``lpu_kernel``."""
 
     windows: int
-    columns: int
-    adjacent: int
+    pairs: int
     block_c: int
     num_warps: int
-    max_registers: int | None
 
 
-def tile_reasons(channels: int, k: int) -> list[str]:
-    """Reasons why no tile holds the channels of a row and the columns of a window; an empty list if one does.
-
-    Args:
-        channels: C, with padding.
-        k: of the reduction.
-    """
+def tile_reasons(x_shape: Sequence[int], k: int, norm: bool) -> list[str]:
+    """Reasons why no tile of the kernel fits x (B, H, W, C); an empty list if one does. k and norm: see :func:`lpu_config`."""
+    _, height, width, channels = x_shape
+    reasons = []
     if k & (k - 1):
-        return [f"k must be a power of two, got {k}"]
-    if (size := k * _power_of_two(channels)) > 2 * ELEMENTS * 32 * MAX_WARPS:
-        limit = 2 * ELEMENTS * 32 * MAX_WARPS
-        return [f"k times the channels, rounded up to a power of two, must be at most {limit}, got {size}"]
-    return []
+        reasons.append(f"k must be a power of two, got {k}")
+    if norm and (size := k * _power_of_two(channels)) > MAX_TILE:
+        reasons.append(f"k times the channels, rounded up to a power of two, must be at most {MAX_TILE}, got {size}")
+    if (elements := height * (width + MAX_TILE) * channels) >= 2**31:
+        reasons.append(f"the map of one image must have less than 2^31 elements, got {elements} with what a tile adds")
+    return reasons
 
 
+@lru_cache(maxsize=1024)
 def lpu_config(
-    images: int, height: int, width: int, channels: int, itemsize: int, k: int, norm: bool, limits: DeviceLimits
+    images: int, height: int, width: int, channels: int, k: int, norm: bool, limits: DeviceLimits
 ) -> LPUConfig:
     """The tile for maps (images, height, width, channels).
 
     Args:
-        itemsize: bytes of an element.
         k: of the reduction; 1 for none.
         norm: whether a LayerNorm follows, for which a program needs all channels.
         limits: of the device.
     """
-    vector = 16 // itemsize  # channels of a thread: one load of 16 bytes
     block_c = _power_of_two(channels) if norm else min(_power_of_two(channels), 64)
     num_warps = 4
     while num_warps < MAX_WARPS and k * block_c > ELEMENTS * 32 * num_warps:
         num_warps *= 2
-    columns = max(k, ELEMENTS * 32 * num_warps // block_c)
-    threads_of_a_row = max(1, min(32 * num_warps, block_c // vector))
-    adjacent = min(k, max(1, columns * threads_of_a_row // (32 * num_warps)))
-    # Statistics across warps keep more values alive; two programs a multiprocessor are enough there.
-    max_registers = 168 if num_warps == 4 and block_c <= 32 * vector else None
-    programs_at_once = limits.multiprocessors * (REGISTERS // ((max_registers or 255) * 32 * num_warps))
-    tiles = -(-images * (-(-width // k) * k) // columns) * -(-channels // block_c)
-    windows = min(range(1, -(-height // k) + 1), key=lambda w: _cost(w, k, height, tiles / max(1, programs_at_once)))
-    return LPUConfig(windows, columns, adjacent, block_c, num_warps, max_registers)
+    pairs = max(1, k // 2, ELEMENTS // 2 * 32 * num_warps // block_c)
+    programs_at_once = limits.multiprocessors * max(1, WARPS_AT_ONCE // num_warps)
+    tiles = -(-images * (-(-width // k) * k) // (2 * pairs)) * -(-channels // block_c)
+    windows = min(range(1, -(-height // k) + 1), key=lambda w: _cost(w, k, height, tiles / programs_at_once))
+    return LPUConfig(windows, pairs, block_c, num_warps)
 
 
 def _cost(windows: int, k: int, height: int, rounds: float) -> float:

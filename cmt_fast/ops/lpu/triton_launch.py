@@ -73,9 +73,9 @@ def _launch(
 ) -> Launch:
     images, height, width, c = x.shape
     norm = reduced is not None
-    config = lpu_config(images, height, width, c, x.element_size(), k, norm, limits)
+    config = lpu_config(images, height, width, c, k, norm, limits)
     strips = -(-height // (k * config.windows))
-    tiles = -(-images * (-(-width // k) * k) // config.columns) * -(-c // config.block_c)
+    tiles = -(-images * (-(-width // k) * k) // (2 * config.pairs)) * -(-c // config.block_c)
     windows = -(-height // k) / strips
     inputs, outputs = (x, taps, bias, reduction), (y, reduced)
     return Launch(
@@ -99,8 +99,8 @@ def _launch(
             NORM=norm,
             K=k,
             WINDOWS=config.windows,
-            COLUMNS=config.columns,
-            ADJACENT=config.adjacent,
+            SPLIT=bool(-(-width // k) * k % 2),
+            PAIRS=config.pairs,
             BLOCK_C=config.block_c,
             **constants,
         ),
@@ -110,6 +110,5 @@ def _launch(
         writes=sum(t.nbytes for t in outputs if t is not None),
         flops=0,
         elements=y.numel(),
-        loops=(windows, k) if k > 1 else (windows,),
-        max_registers=config.max_registers,
+        loops=tuple(n for n, limit in ((windows, config.windows), (k, k)) if limit > 1),
     )
