@@ -84,6 +84,7 @@ class Row:
         programs, warps, registers, spill_stores, shared: of the launch; registers of a thread, bytes of shared memory of a program.
         instructions: executed by all lanes, an element; None where it cannot be told.
         planned: the same in the plan, or None.
+        spills_accepted: spill stores that the plan accepts.
         bytes: that must move.
         floor_us: by GPU, the least time: bytes, matrix products, and the planned instructions (where there is no plan, those counted).
     """
@@ -102,6 +103,7 @@ class Row:
     shared: int
     instructions: float | None
     planned: float | None
+    spills_accepted: int
     bytes: int
     floor_us: dict[str, float]
 
@@ -132,6 +134,7 @@ def rows(kernel: str, shape: StageShape, dtype: str, arch: int) -> Iterator[Row]
             shared=compiled.shared,
             instructions=instructions,
             planned=planned,
+            spills_accepted=plan.spill_stores if plan else 0,
             bytes=launch.reads + launch.writes,
             floor_us={name: _floor(launch, planned or instructions or 0.0, gpu) for name, gpu in GPUS.items()},
         )
@@ -197,7 +200,7 @@ def _table(found: Sequence[Row]) -> object:
             ),
             f"{row.bytes / 1e6:.1f}",
             *(f"{us:.1f}" for us in row.floor_us.values()),
-            style="red" if row.spill_stores else None,
+            style="red" if row.spill_stores > row.spills_accepted else None,
         )
     return table
 

@@ -192,6 +192,14 @@ def test_auto_takes_it_where_no_gradient_is_needed():
     assert ("packed lpu", "triton") in cmt_fast.explain(call.run, TRITON).calls
 
 
+def test_compiles_into_one_graph():
+    call, layer = lpu_call(shape(1, 4, 4, 5, 2), torch.float32), conv(5, torch.float32)
+    step = torch.compile(lambda x: LPUCall(call.step, x).run(TRITON), fullgraph=True, backend="eager")
+    assert all(torch.equal(*pair) for pair in zip(step(call.x), call.run(TRITON)))
+    x = torch.randn(1, 3, 4, 5)
+    assert torch.equal(torch.compile(lambda x: lpu(x, layer), fullgraph=True, backend="eager")(x), lpu(x, layer))
+
+
 def test_reasons(monkeypatch):
     def message(call: LPUCall) -> str:
         with pytest.raises(cmt_fast.BackendError) as error:
