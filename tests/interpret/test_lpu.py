@@ -22,6 +22,7 @@ from cmt_fast.testing.inputs import in_double
 from cmt_fast.testing.packed_lpu import LPUCall, lpu_call
 from cmt_fast.testing.shapes import StageShape, stage_shapes
 from cmt_fast.testing.tolerance import Comparison, compare
+from cmt_fast.testing.verification import verify
 
 DTYPES = (torch.float32, torch.float16)
 
@@ -190,6 +191,13 @@ def test_auto_takes_it_where_no_gradient_is_needed():
         assert ("lpu", "triton") in cmt_fast.explain(lpu, x, layer).calls
     call = lpu_call(shape(1, 4, 4, 5, 2), torch.float32)
     assert ("packed lpu", "triton") in cmt_fast.explain(call.run, TRITON).calls
+
+
+def test_verify_compares_the_output_of_a_kernel_without_gradients(monkeypatch):
+    checks = verify(["triton"], ["lpu"], ["float16"], quick=True)
+    assert checks and all(check.passed and check.quantity == "output" for check in checks)
+    monkeypatch.setattr(triton_launch.Launch, "run", lambda self: self.arguments["y"].zero_())
+    assert not any(check.passed for check in verify(["triton"], ["lpu"], ["float16"], quick=True))
 
 
 def test_compiles_into_one_graph():
