@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from mutation import mutate
-from torch import nn
+from torch import Tensor, nn
 
 import cmt_fast
 from cmt_fast.functional import lpu
@@ -254,15 +254,24 @@ MUTATIONS = {
 }
 
 
+def guarded(x: Tensor) -> Tensor:
+    """The same between NaN: a wrong kernel may read a row too far."""
+    row = x[0, :2].numel()
+    memory = torch.full((x.numel() + 2 * row,), float("nan"), dtype=x.dtype)
+    memory[row:-row] = x.flatten()
+    return memory[row:-row].view(x.shape)
+
+
 def failures(monkeypatch, tmp_path, on, old: str, new: str) -> list[str]:
     """What leaves the policy when the kernel's source is changed."""
     _, kernels = mutate(monkeypatch, tmp_path, [norm, triton_kernels], old, new)
     monkeypatch.setattr(triton_launch, "lpu_kernel", kernels.lpu_kernel)
-    layer, x = conv(5, torch.float16), torch.randn(2, 3, 3, 5).half()
+    layer, x = conv(5, torch.float16), guarded(torch.randn(2, 3, 3, 5).half())
     results = [compare("y", lpu(x, layer), lpu_reference(x.double(), in_double(layer)), lpu_reference(x, layer))]
     for multiprocessors, k in ((1, 2), (132, 2), (132, 1)):
         on(multiprocessors=multiprocessors)
-        results += compared(lpu_call(shape(2, 5, 5, 12, k), torch.float16))
+        call = lpu_call(shape(2, 5, 5, 12, k), torch.float16)
+        results += compared(dataclasses.replace(call, x=guarded(call.x)))
     return [str(result) for result in results if not result.passed]
 
 
