@@ -31,7 +31,7 @@ class LPUConfig:
 
 def tile_reasons(x_shape: Sequence[int], k: int, norm: bool) -> list[str]:
     """Reasons why no tile of the kernel fits x (B, H, W, C); an empty list if one does. k and norm: see :func:`lpu_config`."""
-    _, height, width, channels = x_shape
+    images, height, width, channels = x_shape
     reasons = []
     if k & (k - 1):
         reasons.append(f"k must be a power of two, got {k}")
@@ -39,6 +39,8 @@ def tile_reasons(x_shape: Sequence[int], k: int, norm: bool) -> list[str]:
         reasons.append(f"k times the channels, rounded up to a power of two, must be at most {MAX_TILE}, got {size}")
     if (elements := height * (width + MAX_TILE) * channels) >= 2**31:
         reasons.append(f"the map of one image must have less than 2^31 elements, got {elements} with what a tile adds")
+    if (columns := images * (width + k)) >= 2**30:
+        reasons.append(f"images times columns must be less than 2^30, got {columns}")
     return reasons
 
 
