@@ -165,14 +165,29 @@ def explain(function: Callable, *args, **kwargs) -> Explanation:
         _recorder = previous
 
 
+def _installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ImportError:  # from an import hook that blocks it
+        return False
+
+
+_TRITON_INSTALLED = _installed("triton")
+
+
+def interpreting() -> bool:
+    """Whether ``TRITON_INTERPRET`` is set: Triton's kernels then run in its interpreter, on CPU tensors too."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
 def machine_reasons(backend: str) -> list[str]:
     """Why ``backend`` cannot run anything in this process; an empty list if it can. Touches no GPU state."""
     match _checked(backend, "backend"):
         case "triton":
-            reasons = ["this version has no Triton kernels yet"]
-            if importlib.util.find_spec("triton") is None:
+            reasons = []
+            if not _TRITON_INSTALLED:
                 reasons.append("triton is not installed (pip install triton)")
-            if not torch.cuda.is_available():
+            if not torch.cuda.is_available() and not interpreting():
                 reasons.append("no CUDA device is visible")
             return reasons
         case "native":

@@ -13,6 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
+from cmt_fast.backend import interpreting
+from cmt_fast.ops._triton.interpreter import repair_interpreter
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -27,6 +30,8 @@ class Launch:
         reads, writes: bytes that must move at least once; each input counts once, whatever caches do.
         flops: operations of the matrix products, 2 a multiply-add.
         elements: outputs of the elementwise part, that instruction counts are divided by.
+        loops: how often each loop of the kernel runs a time it is entered, in the order of the source (an average where it
+            differs between programs): instruction counts need it, a launch does not.
     """
 
     kernel: Any
@@ -39,7 +44,10 @@ class Launch:
     writes: int
     flops: int
     elements: int
+    loops: tuple[float, ...] = ()
 
     def run(self) -> None:
         """Launch on the current stream of the tensors' device (in Triton's interpreter: run)."""
+        if interpreting():
+            repair_interpreter()
         self.kernel[self.grid](**self.arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages)

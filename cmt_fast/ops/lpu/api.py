@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from cmt_fast.backend import select
 from cmt_fast.ops.checks import check_conv_channels, check_dtype, check_map, check_modules, not_plain
 from cmt_fast.ops.depthwise.autograd import depthwise_conv3x3_native
 from cmt_fast.ops.depthwise.native import native_reasons
+from cmt_fast.ops.lpu.reasons import lpu_reasons
 from cmt_fast.ops.lpu.reference import lpu_reference
+from cmt_fast.ops.lpu.schema import lpu_triton
 
 
 def lpu(x: Tensor, conv: nn.Module, *, backend: str | None = None) -> Tensor:
@@ -32,13 +36,17 @@ def lpu(x: Tensor, conv: nn.Module, *, backend: str | None = None) -> Tensor:
     check_conv_channels("conv", conv, x)
     if isinstance(conv, nn.Conv2d) and not not_plain("conv", conv, nn.Conv2d):  # others may convert what they take
         check_dtype("conv", conv.weight, "x", x)
-    if select("lpu", {"native": lambda: _native_reasons(x, conv)}, backend, device=x.device) == "native":
-        assert isinstance(conv, nn.Conv2d)  # or there were reasons against it
-        return depthwise_conv3x3_native(x, conv.weight, conv.bias, True)
-    return lpu_reference(x, conv)
+    candidates = {"triton": lambda: _reasons(x, conv, lpu_reasons), "native": lambda: _reasons(x, conv, native_reasons)}
+    chosen = select("lpu", candidates, backend, device=x.device)
+    if chosen == "reference":
+        return lpu_reference(x, conv)
+    assert isinstance(conv, nn.Conv2d)  # or there were reasons against it
+    function = lpu_triton if chosen == "triton" else depthwise_conv3x3_native
+    return function(x, conv.weight, conv.bias, True)
 
 
-def _native_reasons(x: Tensor, conv: nn.Module) -> list[str]:
+def _reasons(x: Tensor, conv: nn.Module, of_kernel: Callable[[Tensor, Tensor, Tensor | None], list[str]]) -> list[str]:
+    """Reasons why no kernel may do what ``conv`` does, and then those of one kernel."""
     reasons = not_plain("conv", conv, nn.Conv2d)
     if not isinstance(conv, nn.Conv2d):
         return reasons
@@ -49,4 +57,4 @@ def _native_reasons(x: Tensor, conv: nn.Module) -> list[str]:
         or conv.padding_mode != "zeros"
     ):
         reasons.append(f"conv must be Conv2d({channels}, {channels}, 3, padding=1, groups={channels}), got {conv}")
-    return reasons + native_reasons(x, conv.weight, conv.bias)
+    return reasons + of_kernel(x, conv.weight, conv.bias)

@@ -1,0 +1,155 @@
+"""Time the kernels of packed steps on a GPU beside a copy: ``python -m benchmarks.kernels [--step lpu] [--variant cmt_s] [--batch 256] [--dtype bfloat16]``.
+
+A step is bound by memory if it takes as long as copying what it must read and write; that share of copy bandwidth is the last column. Each
+step is first verified at the very shape that is timed, and one that is wrong gets no time. All providers run in turns, and every row is in
+the result file as soon as it is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.run import QUICK_RESULTS
+from benchmarks.store import RESULTS, ResultFile
+from cmt_fast.backend import use_backend
+from cmt_fast.inference.torch_steps import TORCH
+from cmt_fast.inference.triton_steps import TRITON
+from cmt_fast.models.variants import VARIANTS
+from cmt_fast.testing.packed_lpu import lpu_call
+from cmt_fast.testing.precision import precision
+from cmt_fast.testing.shapes import StageShape, stage_shapes
+from cmt_fast.testing.timing import Timing, measure_interleaved
+from cmt_fast.testing.tolerance import compare
+from cmt_fast.training.config import find_device
+
+#: By name: from a stage, a dtype and a device to a call with ``run(functions)`` and ``double()``. A new step is one line.
+STEPS: dict[str, Callable[[StageShape, torch.dtype, torch.device], Any]] = {
+    "lpu": lambda shape, dtype, device: lpu_call(shape, dtype, device=device),
+}
+PROVIDERS = ("torch", "compile", "triton", "copy")
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmarks asked for; returns 1 if a kernel was wrong."""
+    options = _parser().parse_args(arguments)
+    seconds = options.seconds or (0.05 if options.quick else 1.0)
+    device = find_device(options.device)
+    results = ResultFile(device, options.out or (QUICK_RESULTS if options.quick else RESULTS), "kernels")
+    print(f"{results.data['machine']}\n-> {results.path}", flush=True)
+    any_wrong = False
+    for step in options.step or STEPS:
+        for shape in _shapes(options):
+            for dtype in options.dtype or ["bfloat16"]:
+                call = STEPS[step](shape, precision(dtype).dtype, device)
+                for row in measure_step(call, options.provider or PROVIDERS, device, seconds):
+                    row = dict(op=f"packed {step}", shape=str(shape), dtype=dtype, mode="inference", **row)
+                    results.add(row)
+                    any_wrong |= row["note"].startswith("wrong")
+                    print(_line(row), flush=True)
+    return int(any_wrong)
+
+
+def measure_step(call: Any, providers: Sequence[str], device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
+    """Verify, then time every provider of one step; yields their rows."""
+    moved = _bytes(call) + _bytes(call.run(TORCH))
+    half = torch.empty(moved // 2, dtype=torch.uint8, device=device)
+    other = torch.empty_like(half)
+    compiled = torch.compile(lambda: call.run(TORCH), dynamic=False)
+    possible: dict[str, Callable[[], object]] = {
+        "torch": lambda: call.run(TORCH),
+        "compile": compiled,
+        "triton": lambda: _insist(call),
+        "copy": lambda: other.copy_(half),
+    }
+    calls, notes = {}, {}
+    with torch.inference_mode():
+        for provider in providers:
+            try:
+                notes[provider] = wrong(call, possible[provider]()) if provider != "copy" else ""
+            except Exception as error:
+                notes[provider] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            if not notes[provider]:
+                calls[provider] = possible[provider]
+        timings = measure_interleaved(calls, seconds=seconds, device=device, cold_cache=device.type == "cuda")
+    for provider in providers:
+        t = timings.get(provider)
+        yield dict(
+            provider=provider,
+            median_us=t and t.median * 1e6,
+            p20_us=t and t.p20 * 1e6,
+            p80_us=t and t.p80 * 1e6,
+            ratio=_ratio(timings.get("torch"), t),
+            bytes=moved,
+            of_copy=_ratio(timings.get("copy"), t),
+            note=notes[provider],
+        )
+
+
+def wrong(call: Any, actual: object) -> str:
+    """How a result departs from float64 by more than the policy allows; empty if it does not."""
+    triples = zip(_tensors(actual), _tensors(call.double().run(TORCH)), _tensors(call.run(TORCH)))
+    comparisons = [compare(f"output {i}", *triple) for i, triple in enumerate(triples)]
+    return "; ".join(f"wrong {c}" for c in comparisons if not c.passed)
+
+
+def _insist(call: Any) -> object:
+    with use_backend("triton"):
+        return call.run(TRITON)
+
+
+def _tensors(x: object) -> list[Tensor]:
+    """All tensors in tuples and dataclasses."""
+    if isinstance(x, Tensor):
+        return [x]
+    if is_dataclass(x):
+        return [t for field in fields(x) for t in _tensors(getattr(x, field.name))]
+    return [t for part in x for t in _tensors(part)] if isinstance(x, (tuple, list)) else []
+
+
+def _bytes(x: object) -> int:
+    return sum(t.nbytes for t in _tensors(x))
+
+
+def _ratio(base: Timing | None, t: Timing | None) -> float | None:
+    return base.median / t.median if base and t else None
+
+
+def _shapes(options: argparse.Namespace) -> Iterator[StageShape]:
+    for variant in options.variant or ["cmt_s"]:
+        yield from stage_shapes(variant, options.batch, 64 if options.quick else None)
+
+
+def _line(row: dict[str, Any]) -> str:
+    name = f"{row['op']:<14} {row['shape']:<26} {row['dtype']:<9} {row['provider']:<8}"
+    if row["median_us"] is None:
+        return f"{name} {row['note']}"
+    ratio = f"{row['ratio']:6.2f}x" if row["ratio"] else ""
+    share = f"{row['of_copy']:6.1%} of copy" if row["of_copy"] else ""
+    return f"{name} {row['median_us']:10.1f} us  {row['p20_us']:10.1f} .. {row['p80_us']:<10.1f} {ratio} {share}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m benchmarks.kernels", description=__doc__)
+    parser.add_argument("--step", action="append", choices=STEPS, help="may be repeated; all by default")
+    parser.add_argument("--variant", action="append", choices=VARIANTS, help="may be repeated; cmt_s by default")
+    parser.add_argument("--provider", action="append", choices=PROVIDERS, help="may be repeated; all by default")
+    parser.add_argument("--dtype", action="append", choices=DTYPES, help="may be repeated; bfloat16 by default")
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--seconds", type=float, default=None, help="for each measurement; 1, or 0.05 with --quick")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, or auto")
+    parser.add_argument("--out", type=Path, help="folder of result files; benchmarks/results, with --quick outputs/")
+    parser.add_argument("--quick", action="store_true", help="64 x 64 images: to see that everything runs")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""Why no Triton kernel can run a call, whatever the operation; each operation adds what its own kernels need."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from cmt_fast.backend import interpreting, machine_reasons
+from cmt_fast.ops.tracing import tracing_reasons
+
+#: Of the stream. Sums, statistics and softmax are float32 in all of them.
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def call_reasons(x: Tensor, *others: Tensor | None) -> list[str]:
+    """Reasons against a call of an inference kernel with these tensors; an empty list if there are none.
+
+    Args:
+        x: the stream, whose dtype decides.
+        others: the other tensors of the call.
+    """
+    tensors = [x, *(t for t in others if t is not None)]
+    devices = {t.device.type for t in tensors}
+    if devices != {"cuda"} and not (devices == {"cpu"} and interpreting()):
+        return [f"Triton kernels run on CUDA tensors, got {', '.join(sorted(devices))}"]
+    reasons = machine_reasons("triton")
+    if devices == {"cuda"} and torch.cuda.get_device_capability(x.device) < (8, 0):
+        capability = ".".join(map(str, torch.cuda.get_device_capability(x.device)))
+        reasons.append(f"the kernels need compute capability 8.0 or newer, got {capability}")
+    if x.dtype not in DTYPES:
+        reasons.append(f"dtype must be bfloat16, float16 or float32, got {x.dtype}")
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        reasons.append("gradients are needed, and this version's Triton kernels are for inference only")
+    if any(type(t) not in (Tensor, nn.Parameter) for t in tensors):
+        reasons.append(f"tensor subclasses need plain PyTorch, got {', '.join(type(t).__name__ for t in tensors)}")
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):  # which knows no meta device
+        reasons.append("autocast is on, and chooses dtypes by PyTorch's own operations")
+    return reasons + tracing_reasons()

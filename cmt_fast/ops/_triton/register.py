@@ -1,0 +1,24 @@
+"""Registering a launcher as the implementation of an operator, without importing Triton before it is called."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+
+
+def implement(op: str, launcher: str) -> None:
+    """Make ``launcher`` what runs ``cmt_fast_triton::<op>`` on CUDA, and on the CPU in Triton's interpreter.
+
+    Args:
+        op: name of an operator that is defined already; its arguments are the launcher's.
+        launcher: ``module:function``, imported at the first call.
+    """
+    module, _, function = launcher.partition(":")
+
+    def run(*args: Any) -> Any:
+        return getattr(importlib.import_module(module), function)(*args)
+
+    for key in ("CUDA", "CPU"):
+        torch.library.impl(f"cmt_fast_triton::{op}", key, run)

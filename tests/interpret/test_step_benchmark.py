@@ -1,0 +1,48 @@
+"""The benchmark of the kernels of packed steps, tried where no GPU is: every provider is verified, timed and written."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """The module of ``benchmarks/``, which is not part of the package."""
+    monkeypatch.syspath_prepend(ROOT)
+    return importlib.import_module("benchmarks.kernels")
+
+
+def run(steps, tmp_path, *options):
+    tiny = ["--quick", "--device", "cpu", "--batch", "1", "--dtype", "float16", "--seconds", "0.001"]
+    providers = [option for name in ("torch", "triton", "copy") for option in ("--provider", name)]
+    code = steps.main([*tiny, *providers, "--step", "lpu", "--out", str(tmp_path), *options])
+    (path,) = tmp_path.rglob("*.json")
+    return code, {(row["shape"], row["provider"]): row for row in json.loads(path.read_text())["rows"]}
+
+
+def test_every_stage_is_timed_beside_a_copy(steps, tmp_path):
+    code, rows = run(steps, tmp_path)
+    assert code == 0 and len(rows) == 4 * 3
+    for (_, provider), row in rows.items():
+        assert row["median_us"] > 0 and not row["note"]
+        assert (row["of_copy"] == 1) == (provider == "copy")
+    # x and y, the reduced map, and the float32 parameters
+    parameters = 4 * 64 * (9 + 1 + 64)
+    assert rows["cmt_s/a (1, 16, 16, 64)", "triton"]["bytes"] == 2 * 64 * (2 * 16 * 16 + 2 * 2) + parameters
+
+
+def test_a_wrong_kernel_gets_no_time(steps, tmp_path, monkeypatch, capsys):
+    def doubled(step, x):
+        y, reduced = steps.TORCH.lpu(step, x)
+        return y, 2 * reduced
+
+    monkeypatch.setattr(steps, "TRITON", type(steps.TORCH)(lpu=doubled))
+    code, rows = run(steps, tmp_path)
+    assert code == 1
+    for (_, provider), row in rows.items():
+        assert (row["median_us"] is None) == row["note"].startswith("wrong output 1") == (provider == "triton")
+    assert "wrong output 1" in capsys.readouterr().out
