@@ -10,19 +10,22 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.run import QUICK_RESULTS
 from benchmarks.store import RESULTS, ResultFile
 from cmt_fast.backend import use_backend
+from cmt_fast.inference.program import Padding
 from cmt_fast.inference.torch_steps import TORCH
 from cmt_fast.inference.triton_steps import TRITON
 from cmt_fast.models.variants import VARIANTS
+from cmt_fast.testing.packed_attention import AttentionCall, attention_call
 from cmt_fast.testing.packed_lpu import lpu_call
 from cmt_fast.testing.precision import precision
 from cmt_fast.testing.shapes import StageShape, stage_shapes
@@ -33,8 +36,17 @@ from cmt_fast.training.config import find_device
 #: By name: from a stage, a dtype and a device to a call with ``run(functions)`` and ``double()``. A new step is one line.
 STEPS: dict[str, Callable[[StageShape, torch.dtype, torch.device], Any]] = {
     "lpu": lambda shape, dtype, device: lpu_call(shape, dtype, device=device),
+    "attention": lambda shape, dtype, device: attention_call(  # in the form that pack() chooses
+        shape, dtype, absorbed=shape.name[-1] in "ab", device=device
+    ),
 }
-PROVIDERS = ("torch", "compile", "triton", "copy")
+#: By name of a step: the same in plain operations on widths that are not padded, as a model without a packed program has it.
+CHAINS: dict[str, Callable[[StageShape, torch.dtype, torch.device], AttentionChain]] = {
+    "attention": lambda shape, dtype, device: AttentionChain(
+        attention_call(shape, dtype, absorbed=False, base2=False, padding=Padding(1, 1, 1), device=device)
+    ),
+}
+PROVIDERS = ("torch", "compile", "chain", "chain-compile", "triton", "copy")
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -49,8 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for step in options.step or STEPS:
         for shape in _shapes(options):
             for dtype in options.dtype or ["bfloat16"]:
-                call = STEPS[step](shape, precision(dtype).dtype, device)
-                for row in measure_step(call, options.provider or PROVIDERS, device, seconds):
+                inputs = shape, precision(dtype).dtype, device
+                chain = CHAINS[step](*inputs) if step in CHAINS else None
+                for row in measure_step(STEPS[step](*inputs), chain, options.provider or PROVIDERS, device, seconds):
                     row = dict(op=f"packed {step}", shape=str(shape), dtype=dtype, mode="inference", **row)
                     results.add(row)
                     any_wrong |= row["note"].startswith("wrong")
@@ -58,7 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(any_wrong)
 
 
-def measure_step(call: Any, providers: Sequence[str], device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
+def measure_step(
+    call: Any, chain: AttentionChain | None, providers: Sequence[str], device: torch.device, seconds: float
+) -> Iterator[dict[str, Any]]:
     """Verify, then time every provider of one step; yields their rows."""
     moved = _bytes(call) + _bytes(call.run(TORCH))
     half = torch.empty(moved // 2, dtype=torch.uint8, device=device)
@@ -70,11 +85,16 @@ def measure_step(call: Any, providers: Sequence[str], device: torch.device, seco
         "triton": lambda: _insist(call),
         "copy": lambda: other.copy_(half),
     }
+    judges = dict.fromkeys(possible, call)
+    if chain is not None:
+        possible |= {"chain": chain, "chain-compile": torch.compile(chain, dynamic=False)}
+        judges |= {"chain": chain.call, "chain-compile": chain.call}
+    providers = [name for name in providers if name in possible]
     calls, notes = {}, {}
     with torch.inference_mode():
         for provider in providers:
             try:
-                notes[provider] = wrong(call, possible[provider]()) if provider != "copy" else ""
+                notes[provider] = wrong(judges[provider], possible[provider]()) if provider != "copy" else ""
             except Exception as error:
                 notes[provider] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
             if not notes[provider]:
@@ -88,10 +108,33 @@ def measure_step(call: Any, providers: Sequence[str], device: torch.device, seco
             p20_us=t and t.p20 * 1e6,
             p80_us=t and t.p80 * 1e6,
             ratio=_ratio(timings.get("torch"), t),
+            over_chain=_ratio(timings.get("chain"), t),
             bytes=moved,
             of_copy=_ratio(timings.get("copy"), t),
             note=notes[provider],
         )
+
+
+@dataclass(frozen=True)
+class AttentionChain:
+    """LayerNorm, the query's linear, SDPA, the output's linear and the shortcut.
+
+    Attributes:
+        call: projected, with the softmax in base e and no padding.
+    """
+
+    call: AttentionCall
+
+    def __call__(self) -> Tensor:
+        """(B, H, W, C)."""
+        step, y, h = self.call.step, self.call.y, self.call.step.heads
+        assert step.query_weight is not None and step.query_bias is not None and step.out_weight is not None
+        x = F.layer_norm(y.flatten(1, 2), y.shape[-1:], eps=step.eps)
+        key_values = self.call.keys_values.tensor_split([h * self.call.kv_step.key_dim], -1)
+        parts = (F.linear(x, step.query_weight, step.query_bias.to(y.dtype)), *key_values)
+        q, k, v = (t.unflatten(-1, (h, -1)).transpose(1, 2) for t in parts)
+        out = F.scaled_dot_product_attention(q, k, v, self.call.table[None], scale=1.0).transpose(1, 2).flatten(2)
+        return y + F.linear(out, step.out_weight, step.out_bias.to(y.dtype)).view_as(y)
 
 
 def wrong(call: Any, actual: object) -> str:
@@ -116,6 +159,9 @@ def _tensors(x: object) -> list[Tensor]:
 
 
 def _bytes(x: object) -> int:
+    """Of all tensors but the weight of the keys and values, which come multiplied already."""
+    if isinstance(x, AttentionCall):
+        return _bytes((x.step, x.y, x.keys_values, x.table))
     return sum(t.nbytes for t in _tensors(x))
 
 
@@ -129,10 +175,11 @@ def _shapes(options: argparse.Namespace) -> Iterator[StageShape]:
 
 
 def _line(row: dict[str, Any]) -> str:
-    name = f"{row['op']:<14} {row['shape']:<26} {row['dtype']:<9} {row['provider']:<8}"
+    name = f"{row['op']:<16} {row['shape']:<26} {row['dtype']:<9} {row['provider']:<13}"
     if row["median_us"] is None:
         return f"{name} {row['note']}"
     ratio = f"{row['ratio']:6.2f}x" if row["ratio"] else ""
+    ratio += f" {row['over_chain']:6.2f}x of the chain" if row["over_chain"] else ""
     share = f"{row['of_copy']:6.1%} of copy" if row["of_copy"] else ""
     return f"{name} {row['median_us']:10.1f} us  {row['p20_us']:10.1f} .. {row['p80_us']:<10.1f} {ratio} {share}"
 

@@ -10,6 +10,8 @@ import torch
 from cmt_fast.inference.program import Padding, round_up
 from cmt_fast.ops._triton.device import DeviceLimits
 from cmt_fast.ops._triton.launch import Launch
+from cmt_fast.ops.attention.triton_launch import attention_launch
+from cmt_fast.ops.lmhsa.triton_launch import absorbed_launch, linear_launch, projected_launch
 from cmt_fast.ops.lpu.triton_launch import lpu_reduce_launch
 from cmt_fast.testing.shapes import StageShape
 
@@ -28,6 +30,32 @@ def lpu(shape: StageShape, dtype: torch.dtype, limits: DeviceLimits) -> list[Lau
     return [lpu_reduce_launch(x, _vector(9, c), _vector(c), reduction, x, reduced, k, shape.dim, 1e-6, limits)]
 
 
+def attention(shape: StageShape, dtype: torch.dtype, limits: DeviceLimits) -> list[Launch]:
+    """Absorbed in stages a and b, as ``pack`` does; after them fused, or the three launches of the split form."""
+    (b, n, m), h, c = (shape.batch, shape.queries, shape.keys), shape.heads, round_up(shape.dim, _PAD.channels)
+    matrix = partial(torch.empty, device="meta", dtype=dtype)
+    x, bias, norm = matrix(b, n, c), _vector(c), (shape.dim, 1e-6, limits)
+    table = matrix(h, n, round_up(m, 16))[..., :m]  # as align_tables makes it
+    if shape.name[-1] in "ab":
+        keys_values = matrix(b, m, 2 * h * c + round_up(h, _PAD.channels))
+        return [absorbed_launch(x, keys_values, table, bias, x, True, *norm)]
+    d, dv = round_up(shape.qk_head_dim, _PAD.head), round_up(shape.v_head_dim, _PAD.head)
+    query_weight, query_bias, out_weight = matrix(h * d, c), _vector(h * d), matrix(c, h * dv)
+    keys_values = matrix(b, m, h * (d + dv))
+    fused = projected_launch(x, query_weight, query_bias, keys_values, table, out_weight, bias, x, True, *norm)
+    if fused is not None:
+        return [fused]
+    query, attended = matrix(b, n, h * d), matrix(b, n, h, dv)
+    parts = (query, *keys_values.split([h * d, h * dv], -1))
+    q, k, v = (t.unflatten(-1, (h, -1)).transpose(1, 2) for t in parts)
+    return [
+        linear_launch(x, query_weight, query_bias, None, query, *norm),
+        attention_launch(q, k, v, table, attended, 1.0, True, limits),
+        linear_launch(attended, out_weight, bias, x, x, None, 0.0, limits),
+    ]
+
+
 LAUNCHES: dict[str, MakeLaunches] = {
     "lpu": lpu,
+    "attention": attention,
 }

@@ -1,12 +1,23 @@
-"""The steps of a packed model on a GPU: Triton kernels where there are some that can run a call, plain PyTorch elsewhere."""
+"""The steps of a packed model on a GPU: Triton kernels where there are some that can run a call, plain PyTorch elsewhere.
+
+The keys and values stay with PyTorch: one matrix product of widths that are padded to whole vectors, with nothing before or after
+it to fuse, is what cuBLAS does best.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+
+import torch.nn.functional as F
 from torch import Tensor
 
 from cmt_fast.backend import select
 from cmt_fast.inference import program, torch_steps
+from cmt_fast.inference.program import PackedModel, round_up
 from cmt_fast.inference.torch_steps import StepFunctions
+from cmt_fast.ops.lmhsa.reasons import absorbed_attention_reasons, projected_attention_reasons
+from cmt_fast.ops.lmhsa.schema import absorbed_attention_triton, projected_attention_triton
 from cmt_fast.ops.lpu.reasons import lpu_reduce_reasons
 from cmt_fast.ops.lpu.schema import lpu_reduce_triton
 
@@ -14,11 +25,43 @@ from cmt_fast.ops.lpu.schema import lpu_reduce_triton
 def lpu(step: program.LPU, x: Tensor) -> tuple[Tensor, Tensor]:
     """(B, H, W, C) -> the same shape, and its reduction (B, H // k, W // k, C)."""
     parameters = (step.taps, step.bias, step.reduction)
-    candidates = {"triton": lambda: lpu_reduce_reasons(x, *parameters, step.reduce)}
-    if select("packed lpu", candidates, device=x.device) == "triton":
+    if _takes_triton("packed lpu", x, lambda: lpu_reduce_reasons(x, *parameters, step.reduce)):
         return lpu_reduce_triton(x, *parameters, step.reduce, step.channels, step.eps)
     return torch_steps.lpu(step, x)
 
 
+def attention(step: program.Attention, kv_step: program.KV, y: Tensor, keys_values: Tensor, table: Tensor) -> Tensor:
+    """y (B, H, W, C), keys_values (B, M, rows), table (h, N, M) -> (B, H, W, C)."""
+    query_weight, query_bias, out_weight = step.query_weight, step.query_bias, step.out_weight
+    numbers = (step.base2, step.channels, step.eps)
+    if query_weight is None or query_bias is None or out_weight is None:
+        absorbed = (y, keys_values, table, step.out_bias)
+        if _takes_triton("packed attention, absorbed", y, lambda: absorbed_attention_reasons(*absorbed)):
+            return absorbed_attention_triton(*absorbed, *numbers)
+    else:
+        projected = (y, query_weight, query_bias, keys_values, table, out_weight, step.out_bias)
+        if _takes_triton("packed attention", y, lambda: projected_attention_reasons(*projected)):
+            return projected_attention_triton(*projected, *numbers)
+    return torch_steps.attention(step, kv_step, y, keys_values, table)
+
+
 #: The best function for each step. ``use_backend("triton")`` insists on kernels, ``use_backend("reference")`` on plain PyTorch.
-TRITON = StepFunctions(lpu=lpu)
+TRITON = StepFunctions(lpu=lpu, attention=attention)
+
+
+def align_tables(packed: PackedModel) -> PackedModel:
+    """The same program, the rows of its position bias tables a multiple of 16 elements apart: kernels read them in whole vectors.
+
+    Each table becomes a view of a longer one.
+    """
+
+    def aligned(table: Tensor) -> Tensor:
+        keys = table.shape[-1]
+        return F.pad(table, (0, round_up(keys, 16) - keys))[..., :keys]
+
+    stages = tuple(dataclasses.replace(stage, table=aligned(stage.table)) for stage in packed.stages)
+    return dataclasses.replace(packed, stages=stages)
+
+
+def _takes_triton(step: str, x: Tensor, reasons: Callable[[], list[str]]) -> bool:
+    return select(step, {"triton": reasons}, device=x.device) == "triton"

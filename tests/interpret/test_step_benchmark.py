@@ -5,6 +5,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+
+from cmt_fast.testing.shapes import StageShape
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,3 +49,27 @@ def test_a_wrong_kernel_gets_no_time(steps, tmp_path, monkeypatch, capsys):
     for (_, provider), row in rows.items():
         assert (row["median_us"] is None) == row["note"].startswith("wrong output 1") == (provider == "triton")
     assert "wrong output 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage", ["a", "c"])
+def test_attention_beside_the_chain_that_it_replaces(steps, stage):
+    inputs = StageShape(f"tiny/{stage}", 2, 4, 4, 16, 2, 0, 2), torch.float16, torch.device("cpu")
+    call, chain = steps.STEPS["attention"](*inputs), steps.CHAINS["attention"](*inputs)
+    providers = ("torch", "chain", "triton", "copy")
+    rows = {row["provider"]: row for row in steps.measure_step(call, chain, providers, inputs[2], 0.001)}
+    assert tuple(rows) == providers
+    assert all(row["median_us"] > 0 and not row["note"] for row in rows.values())
+    assert rows["chain"]["over_chain"] == 1 and rows["triton"]["over_chain"] > 0
+    widths = 4 * 16 + 8 if stage == "a" else 2 * 2 * 16  # of keys and values; two heads of 8, padded to 16
+    parameters = 4 * 16 if stage == "a" else 2 * 2 * 16 * 32 + 4 * (32 + 16)
+    assert rows["triton"]["bytes"] == 2 * (2 * 2 * 16 * 16 + 2 * 4 * widths + 2 * 16 * 4) + parameters
+
+
+def test_a_wrong_chain_gets_no_time(steps, monkeypatch):
+    right = steps.F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        steps.F, "scaled_dot_product_attention", lambda q, k, v, *_, **options: right(q, k, v, **options)
+    )
+    inputs = StageShape("tiny/c", 1, 2, 2, 16, 2, 0, 1), torch.float16, torch.device("cpu")
+    chain = steps.CHAINS["attention"](*inputs)
+    assert steps.wrong(chain.call, chain()).startswith("wrong output 0")

@@ -12,13 +12,14 @@ def implement(op: str, launcher: str) -> None:
     """Make ``launcher`` what runs ``cmt_fast_triton::<op>`` on CUDA, and on the CPU in Triton's interpreter.
 
     Args:
-        op: name of an operator that is defined already; its arguments are the launcher's.
+        op: name of an operator that is defined already; its arguments are the launcher's, a tensor first.
         launcher: ``module:function``, imported at the first call.
     """
     module, _, function = launcher.partition(":")
 
     def run(*args: Any) -> Any:
-        return getattr(importlib.import_module(module), function)(*args)
+        with torch.cuda.device_of(args[0]):  # where Triton launches; nothing for a tensor on the CPU
+            return getattr(importlib.import_module(module), function)(*args)
 
     for key in ("CUDA", "CPU"):
         torch.library.impl(f"cmt_fast_triton::{op}", key, run)

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cmt_fast.backend import select
+from cmt_fast.ops.attention.reasons import triton_reasons
 from cmt_fast.ops.attention.reference import reduced_kv_attention_reference
+from cmt_fast.ops.attention.schema import reduced_kv_attention_triton
 from cmt_fast.ops.checks import check_dtype, check_same, shape_of
 
 
@@ -37,7 +39,8 @@ def reduced_kv_attention(
         backend: see :func:`cmt_fast.use_backend`.
 
     Returns:
-        (B, h, N, d_v).
+        (B, h, N, d_v). The Triton kernel returns it as a transpose of a contiguous (B, N, h, d_v), which the output projection
+        takes without a copy.
 
     Raises:
         ValueError: on a wrong shape or device, or a probability outside [0, 1).
@@ -75,5 +78,7 @@ def reduced_kv_attention(
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     scale = d**-0.5 if scale is None else scale
     dropout = functools.partial(F.dropout, p=dropout_p) if dropout_p > 0 else None
-    select("reduced_kv_attention", {}, backend, device=q.device)
+    candidates = {"triton": lambda: triton_reasons(q, k, v, bias, dropout_p)}
+    if select("reduced_kv_attention", candidates, backend, device=q.device) == "triton":
+        return reduced_kv_attention_triton(q, k, v, bias, scale, False)
     return reduced_kv_attention_reference(q, k, v, bias, scale, dropout)

@@ -1,0 +1,18 @@
+"""Tiles of row-major matrices."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_tile(matrix, stride, row, rows, column, columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """The tile of a matrix (rows, columns) that starts at (row, column); 0 outside of the matrix.
+
+    Args:
+        matrix: pointer to its first element; unit stride in a row, rows ``stride`` elements apart.
+
+    Returns:
+        (BLOCK_ROWS, BLOCK_COLUMNS) in the matrix's dtype.
+    """
+    i, j = row + tl.arange(0, BLOCK_ROWS)[:, None], column + tl.arange(0, BLOCK_COLUMNS)[None, :]
+    return tl.load(matrix + i.to(tl.int64) * stride + j, (i < rows) & (j < columns), 0.0)

@@ -1,0 +1,172 @@
+"""The Triton kernels of attention on a GPU: real shapes, every dtype, offsets beyond 2^31, streams, graphs, torch.compile."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from cmt_fast import explain, use_backend
+from cmt_fast.functional import reduced_kv_attention
+from cmt_fast.inference.torch_steps import TORCH
+from cmt_fast.inference.triton_steps import TRITON
+from cmt_fast.models.variants import VARIANTS
+from cmt_fast.ops.attention.reference import reduced_kv_attention_reference
+from cmt_fast.testing.packed_attention import AttentionCall, attention_call
+from cmt_fast.testing.shapes import StageShape, stage_shapes
+from cmt_fast.testing.tolerance import assert_within
+
+pytestmark = pytest.mark.gpu
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+#: 800 x 1344 at 1/8, 1/16 and 1/32 of its size: 1050 keys. Fewer queries than stage a has, whose float64 logits would take 4.5 GB.
+DETECTION = (
+    StageShape("b", 1, 100, 168, 128, 2, 0, 4),
+    StageShape("c", 1, 50, 84, 256, 4, 0, 2),
+    StageShape("d", 1, 25, 42, 512, 8, 0, 1),
+)
+
+
+@pytest.fixture(params=[False, True], ids=["ieee", "tf32"])
+def tf32(request):
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = request.param
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.fixture(autouse=True)
+def insist():
+    with use_backend("triton"):
+        yield
+
+
+def call_on_gpu(shape: StageShape, dtype: torch.dtype, absorbed: bool) -> AttentionCall:
+    return attention_call(shape, dtype, absorbed=absorbed, device="cuda")
+
+
+def check(call: AttentionCall) -> None:
+    actual = call.run(TRITON)
+    assert_within("out", actual, call.double().run(TORCH), call.run(TORCH))
+    assert not actual[..., call.step.channels :].any(), "padding must stay 0"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_stages_of_the_variants(variant, dtype, tf32):
+    for shape in stage_shapes(variant, batch=3):
+        check(call_on_gpu(shape, dtype, absorbed=shape.name[-1] in "ab"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("absorbed", [True, False], ids=["absorbed", "projected"])
+def test_streamed_keys(absorbed, dtype):
+    for shape in DETECTION:
+        check(call_on_gpu(shape, dtype, absorbed))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_head_dim(dtype):
+    for d in (1, 7, 16, 46, 52, 64, 76, 128, 256):
+        for keys in (1, 49, 130):
+            check_primitive(inputs(2, 2, 70, keys, d, max(1, d - 3), dtype))
+
+
+def inputs(batch: int, heads: int, queries: int, keys: int, d: int, dv: int, dtype: torch.dtype) -> list[Tensor]:
+    """q, k, v and bias, with the strides that linear layers make."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    sizes = ((batch, queries, heads, d), (batch, keys, heads, d), (batch, keys, heads, dv))
+    q, k, v = (torch.randn(s, generator=generator, device="cuda", dtype=dtype).transpose(1, 2) for s in sizes)
+    return [q, k, v, torch.randn(heads, queries, keys, generator=generator, device="cuda", dtype=dtype)]
+
+
+def check_primitive(tensors: list[Tensor]) -> None:
+    scale = tensors[0].shape[-1] ** -0.5
+    exact = reduced_kv_attention_reference(*(t.double() for t in tensors), scale)
+    assert_within("out", reduced_kv_attention(*tensors), exact, reduced_kv_attention_reference(*tensors, scale))
+
+
+def needs_memory(gigabytes: float) -> None:
+    free = torch.cuda.mem_get_info()[0] / 1e9
+    if free < gigabytes:
+        pytest.skip(f"needs {gigabytes} GB of GPU memory, {free:.0f} are free")
+
+
+@pytest.mark.parametrize("stage", ["a", "c", "d"])
+def test_maps_beyond_32_bit_offsets(stage):
+    """The last image of a batch of more than 2^31 elements equals the same image alone."""
+    needs_memory(30)
+    shape = next(s for s in stage_shapes("cmt_s") if s.name.endswith(stage))
+    call = call_on_gpu(shape, torch.bfloat16, absorbed=stage == "a")
+    images = 2**31 // call.y.numel() + 2
+    batch = dataclasses.replace(
+        call, y=call.y.expand(images, -1, -1, -1).contiguous(), keys_values=call.keys_values.expand(images, -1, -1)
+    )
+    out = batch.run(TRITON)
+    assert torch.equal(out[-1], out[0])
+    assert_within("last image", out[-1:], call.double().run(TORCH), call.run(TORCH))
+
+
+def test_a_bias_beyond_32_bit_offsets():
+    """The last queries of a table of more than 2^31 elements equal the same queries alone."""
+    needs_memory(12)
+    side = 33_000
+    q, k, v, _ = inputs(1, 2, side, side, 16, 16, torch.bfloat16)
+    bias = torch.zeros(2, side, side, device="cuda", dtype=torch.bfloat16)
+    bias[:, -100:] = torch.randn(2, 100, side, device="cuda")
+    last = [q[:, :, -100:], k, v, bias[:, -100:]]
+    exact = reduced_kv_attention_reference(*(t.double() for t in last), 0.25)
+    plain = reduced_kv_attention_reference(*last, 0.25)
+    assert_within("last queries", reduced_kv_attention(q, k, v, bias)[:, :, -100:], exact, plain)
+
+
+def test_streams():
+    """Calls on several streams at once equal the same calls one after the other."""
+    calls = [
+        attention_call(stage_shapes("cmt_s", batch=8)[i], torch.bfloat16, absorbed=i < 2, device="cuda", seed=i)
+        for i in range(4)
+    ]
+    expected = [call.run(TRITON) for call in calls]
+    streams = [torch.cuda.Stream() for _ in calls]
+    torch.cuda.synchronize()
+    actual = []
+    for call, stream in zip(calls, streams):
+        with torch.cuda.stream(stream):
+            actual.append([call.run(TRITON) for _ in range(10)])
+    torch.cuda.synchronize()
+    assert all(torch.equal(out, wanted) for outs, wanted in zip(actual, expected) for out in outs)
+
+
+def test_in_a_cuda_graph():
+    call = call_on_gpu(stage_shapes("cmt_s", batch=2)[3], torch.bfloat16, absorbed=False)
+    expected = call.run(TRITON)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call.run(TRITON)
+    out.zero_()
+    graph.replay()
+    assert torch.equal(out, expected)
+
+
+def test_on_the_second_device():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    call = attention_call(stage_shapes("cmt_s")[0], torch.bfloat16, absorbed=True, device="cuda:1")
+    check(call)
+
+
+def test_compiled():
+    tensors = inputs(2, 2, 70, 49, 64, 64, torch.float16)
+    compiled = torch.compile(lambda *t: reduced_kv_attention(*t).transpose(1, 2).flatten(2), fullgraph=True)
+    expected = reduced_kv_attention(*tensors).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(compiled(*tensors), expected)
+
+
+def test_auto_takes_it_where_no_gradient_is_needed():
+    q, k, v, bias = inputs(1, 1, 3, 4, 5, 6, torch.bfloat16)
+    with use_backend("auto"):
+        assert ("reduced_kv_attention", "triton") in explain(reduced_kv_attention, q, k, v, bias).calls
+        bias.requires_grad_()
+        reduced_kv_attention(q, k, v, bias).sum().backward()
+    assert bias.grad is not None
