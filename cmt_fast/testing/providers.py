@@ -5,15 +5,19 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import tempfile
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cmt_fast.backend import use_backend
+from cmt_fast.inference.export import export_onnx
+from cmt_fast.inference.pack import pack
 from cmt_fast.models.cmt import CMT
 from cmt_fast.testing.original_order import OriginalOrder
 from cmt_fast.testing.precision import Precision
@@ -99,19 +103,28 @@ def _optimized(model: CMT, p: Precision, backend: str) -> Forward:
 
 
 def _onnxruntime(model: CMT, images: Tensor, p: Precision) -> Forward:
-    """The model as it stands, exported, on as many threads as PyTorch has."""
+    """The model as it stands, exported."""
+    with use_backend("reference"), contextlib.redirect_stdout(io.StringIO()):
+        exported: Any = torch.onnx.export(model, (images,), dynamo=True, verbose=False)
+    return _session(exported.model_proto.SerializeToString())
+
+
+def _onnxruntime_packed(model: CMT, images: Tensor, p: Precision) -> Forward:
+    """The packed model, exported as ``cmt-fast export`` does."""
+    with tempfile.TemporaryDirectory(prefix="cmt-fast-onnx-") as folder:
+        return _session(export_onnx(pack(model), Path(folder, "model.onnx"), batch_size=len(images)).read_bytes())
+
+
+def _session(content: bytes) -> Forward:
+    """An ONNX model on onnxruntime, with as many threads as PyTorch has."""
     try:
         import onnxruntime
     except ImportError as error:
         raise ImportError("timing onnxruntime needs it: pip install 'cmt-fast[export]'") from error
-    with use_backend("reference"), contextlib.redirect_stdout(io.StringIO()):
-        exported: Any = torch.onnx.export(model, (images,), dynamo=True, verbose=False)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(
-        exported.model_proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
 
     def forward(images: Tensor) -> Tensor:
@@ -156,6 +169,12 @@ PROVIDERS: dict[str, Provider] = {
     "onnxruntime": Provider(
         "the model exported with torch.onnx, on onnxruntime's CPU provider",
         _onnxruntime,
+        inference_only=True,
+        dtypes=("float32",),
+    ),
+    "onnxruntime-packed": Provider(
+        "the packed model exported by cmt-fast export, on the same",
+        _onnxruntime_packed,
         inference_only=True,
         dtypes=("float32",),
     ),

@@ -35,11 +35,12 @@ def test_freezing_makes_constants_of_the_weights(images):
         assert not torch.allclose(module(images), before)
 
 
-def test_the_exported_model_is_the_model(model, images):
+@pytest.mark.parametrize("name", ["onnxruntime", "onnxruntime-packed"])
+def test_the_exported_model_is_the_model(name, model, images):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     with torch.inference_mode():
-        forward = PROVIDERS["onnxruntime"].make(model, images, FLOAT32)
+        forward = PROVIDERS[name].make(model, images, FLOAT32)
         torch.testing.assert_close(forward(images), model(images))
 
 
