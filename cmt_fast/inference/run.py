@@ -73,13 +73,11 @@ def _maps(
         stage, grid = packed.stages[i], grids[i]
         table = resize_relative_pos(stage.table, *own_grids[i], *grid)
         stem = packed.stem if i == 0 else None
-        images = len(x)
-        if chunk_bytes is not None:
-            hidden = grid.num_queries * len(stage.blocks[0].expand.bias) * packed.dtype.itemsize
-            images = max(1, min(images, chunk_bytes // hidden))
-        if images == len(x):
+        if chunk_bytes is None:
             x = _stage(stem, stage, table, x, functions)
         else:
+            hidden = grid.num_queries * len(stage.blocks[0].expand.bias) * packed.dtype.itemsize
+            images = max(1, chunk_bytes // hidden)
             x = _in_chunks(lambda c: _stage(stem, stage, table, c, functions), x, images)  # noqa: B023 (called here)
         if i in wanted:
             maps[i] = x
@@ -88,13 +86,13 @@ def _maps(
 
 def _in_chunks(function: Callable[[Tensor], Tensor], x: Tensor, images: int) -> Tensor:
     """``function`` of ``images`` images at a time, each result straight into its place."""
-    out: Tensor | None = None
-    for start in range(0, len(x), images):
-        y = function(x[start : start + images])
-        if out is None:
-            out = y.new_empty(len(x), *y.shape[1:])
-        out[start : start + images] = y
-    assert out is not None  # there are more images than a chunk holds, so at least one
+    if len(x) <= images:
+        return function(x)
+    first = function(x[:images])
+    out = first.new_empty(len(x), *first.shape[1:])
+    out[:images] = first
+    for start in range(images, len(x), images):
+        out[start : start + images] = function(x[start : start + images])
     return out
 
 
