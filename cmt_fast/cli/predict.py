@@ -100,6 +100,7 @@ def predict(
     fast = optimize(packed_model(trained.model, dtype, where), backend=backend)
     if workers is None:
         workers = min(4, os.cpu_count() or 1) if len(paths) >= MANY else 0
+    files = ImageBatches(paths, trained.preprocess, batch_size)
 
     start = time.perf_counter()
     results: list[Prediction] = []
@@ -115,7 +116,7 @@ def predict(
     )
     with bars:
         bar = bars.add_task("", total=len(paths), speed="")
-        for batch in run(fast, paths, trained.preprocess, trained.class_names, top_k, batch_size, workers):
+        for batch in run(fast, files, trained.class_names, top_k, workers):
             results += batch.predictions
             reading += batch.reading
             computing += batch.computing
@@ -198,20 +199,13 @@ class Predicted(NamedTuple):
 
 
 def run(
-    model: OptimizedModel,
-    paths: Sequence[Path],
-    preprocess: Preprocess,
-    class_names: Sequence[str],
-    top_k: int,
-    batch_size: int,
-    workers: int,
+    model: OptimizedModel, files: ImageBatches, class_names: Sequence[str], top_k: int, workers: int
 ) -> Iterator[Predicted]:
-    """Predictions in the order of ``paths``, a batch at a time, while ``workers`` processes read the next ones."""
-    files = ImageBatches(paths, preprocess, batch_size)
+    """Predictions in the order of the files, a batch at a time, while ``workers`` processes read the next ones."""
     loader: DataLoader[ImageBatch] = DataLoader(
         files, batch_size=None, num_workers=workers, worker_init_fn=ignore_interrupt
     )
-    remaining = iter(paths)
+    remaining = iter(files.paths)
     for images, failures, reading in loader:
         start = time.perf_counter()
         likely = iter(most_likely(model, images, class_names, top_k))
