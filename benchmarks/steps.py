@@ -22,9 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.registry import BASELINE
 from benchmarks.run import QUICK_RESULTS
 from benchmarks.store import RESULTS, ResultFile
-from cmt_fast.backend import BackendError
 from cmt_fast.inference import PackedModel, pack, run
-from cmt_fast.inference.native import native_reasons, prepare
+from cmt_fast.inference.native import prepare
 from cmt_fast.inference.torch_steps import TORCH, StepFunctions
 from cmt_fast.models.variants import VARIANTS
 from cmt_fast.testing.benchmark import make_images, make_model
@@ -40,17 +39,10 @@ STAGES = "abcd"
 Results = tuple[Tensor, ...]
 
 
-def _native(packed: PackedModel) -> tuple[PackedModel, StepFunctions]:
-    """The program laid out for the compiled kernels, and these."""
-    if reasons := native_reasons(packed):
-        raise BackendError("; ".join(reasons))
-    return prepare(packed)
-
-
 #: How each provider runs a packed model, the baseline first: plain PyTorch.
 PROVIDERS: dict[str, Callable[[PackedModel], tuple[PackedModel, StepFunctions]]] = {
     BASELINE: lambda packed: (packed, TORCH),
-    "native": _native,
+    "native": prepare,
 }
 
 

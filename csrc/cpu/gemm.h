@@ -52,22 +52,29 @@ struct BlockShape {
 // Terms that are summed up in one go. A sum of sums has a smaller rounding error than one long sum, and costs 2 %.
 constexpr int64_t kRun = 128;
 
-// Memory to ask for while a block is summed up: weights come from far away, once a call.
-struct Ahead {
-  const char* address;
-  int64_t step;  // bytes a step of k
+// block (rows, panels * 16) = a (rows, k) times panels of (k, 16) at b, one after the other.
+struct BlockProduct {
+  const float* a;
+  int64_t stride;  // of the rows of a
+  const float* b;
+  int64_t k;
+  float* block;
+  // Memory to ask for meanwhile, so many bytes a step of k: weights come from far away, once a call.
+  const char* ahead;
+  int64_t ahead_step;
 };
 
-// block (ROWS, PANELS * 16) = a (ROWS, k) times PANELS panels of (k, 16) at b, one after the other.
 template <int BYTES, int ROWS, int PANELS>
-CMT_FAST_INLINE void multiply_block(const float* a, int64_t stride, const float* b, int64_t k, float* block,
- Ahead ahead) {
+CMT_FAST_INLINE void multiply_block(const BlockProduct& x) {
   constexpr int L = BYTES / sizeof(float), VECTORS = PANELS * kPanel / L;
+  const float *a = x.a, *b = x.b;
+  const char* ahead = x.ahead;
+  const int64_t stride = x.stride, k = x.k, ahead_step = x.ahead_step;
   for (int64_t from = 0; from < k; from += kRun) {
-    const int64_t to = std::min(from + kRun, k);
+    const int64_t end = std::min(from + kRun, k);
     Floats<L> sum[ROWS][VECTORS] = {};
-    for (int64_t p = from; p < to; p++) {
-      __builtin_prefetch(ahead.address + p * ahead.step, 0, 2);
+    for (int64_t p = from; p < end; p++) {
+      __builtin_prefetch(ahead + p * ahead_step, 0, 2);
       Floats<L> right[VECTORS];
 #pragma GCC unroll 8
       for (int j = 0; j < VECTORS; j++) load<L>(right[j], b + j * L / kPanel * k * kPanel + p * kPanel + j * L % kPanel);
@@ -78,17 +85,17 @@ CMT_FAST_INLINE void multiply_block(const float* a, int64_t stride, const float*
         for (int j = 0; j < VECTORS; j++) sum[i][j] += left * right[j];
       }
     }
-    float* to_block = block;
+    float* to = x.block;
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; i++) {
 #pragma GCC unroll 8
-      for (int j = 0; j < VECTORS; j++, to_block += L) {
+      for (int j = 0; j < VECTORS; j++, to += L) {
         if (from > 0) {
           Floats<L> before;
-          load<L>(before, to_block);
+          load<L>(before, to);
           sum[i][j] += before;
         }
-        store<L>(to_block, sum[i][j]);
+        store<L>(to, sum[i][j]);
       }
     }
   }
@@ -96,37 +103,33 @@ CMT_FAST_INLINE void multiply_block(const float* a, int64_t stride, const float*
 
 // The same as functions, so that all products share them.
 template <int ROWS, int PANELS>
-CMT_FAST_NOINLINE void multiply_block_baseline(const float* a, int64_t stride, const float* b, int64_t k, float* block,
- Ahead ahead) {
-  multiply_block<16, ROWS, PANELS>(a, stride, b, k, block, ahead);
+CMT_FAST_NOINLINE void multiply_block_baseline(const BlockProduct& x) {
+  multiply_block<16, ROWS, PANELS>(x);
 }
 template <int ROWS, int PANELS>
-CMT_FAST_TARGET_AVX2 CMT_FAST_NOINLINE void multiply_block_avx2(const float* a, int64_t stride, const float* b, int64_t k,
- float* block, Ahead ahead) {
-  multiply_block<32, ROWS, PANELS>(a, stride, b, k, block, ahead);
+CMT_FAST_TARGET_AVX2 CMT_FAST_NOINLINE void multiply_block_avx2(const BlockProduct& x) {
+  multiply_block<32, ROWS, PANELS>(x);
 }
 template <int ROWS, int PANELS>
-CMT_FAST_TARGET_AVX512 CMT_FAST_NOINLINE void multiply_block_avx512(const float* a, int64_t stride, const float* b, int64_t k,
- float* block, Ahead ahead) {
-  multiply_block<64, ROWS, PANELS>(a, stride, b, k, block, ahead);
+CMT_FAST_TARGET_AVX512 CMT_FAST_NOINLINE void multiply_block_avx512(const BlockProduct& x) {
+  multiply_block<64, ROWS, PANELS>(x);
 }
 
 // multiply_block of `rows` rows, at most ROWS.
 template <int BYTES, int ROWS, int PANELS>
-CMT_FAST_INLINE void multiply_rows(int64_t rows, const float* a, int64_t stride, const float* b, int64_t k, float* block,
- Ahead ahead) {
+CMT_FAST_INLINE void multiply_rows(int64_t rows, const BlockProduct& x) {
   if constexpr (ROWS > 1) {
     if (rows < ROWS) {
-      multiply_rows<BYTES, ROWS - 1, PANELS>(rows, a, stride, b, k, block, ahead);
+      multiply_rows<BYTES, ROWS - 1, PANELS>(rows, x);
       return;
     }
   }
   if constexpr (BYTES == 64) {
-    multiply_block_avx512<ROWS, PANELS>(a, stride, b, k, block, ahead);
+    multiply_block_avx512<ROWS, PANELS>(x);
   } else if constexpr (BYTES == 32) {
-    multiply_block_avx2<ROWS, PANELS>(a, stride, b, k, block, ahead);
+    multiply_block_avx2<ROWS, PANELS>(x);
   } else {
-    multiply_block_baseline<ROWS, PANELS>(a, stride, b, k, block, ahead);
+    multiply_block_baseline<ROWS, PANELS>(x);
   }
 }
 
@@ -165,11 +168,11 @@ CMT_FAST_INLINE void multiply(const float* a, int64_t stride, int64_t rows, cons
     const char* next = reinterpret_cast<const char*>(right.panel(panel + panels < end ? panel + panels : panel));
     for (int64_t g = 0; g < groups; g++) {
       const int64_t first = rows * g / groups, count = rows * (g + 1) / groups - first;
-      const Ahead ahead{next + g * right.in * ahead_step, ahead_step};
+      const BlockProduct product{a + first * stride, stride, b, right.in, block, next + g * right.in * ahead_step, ahead_step};
       if (panels == Shape::kPanels) {
-        multiply_rows<BYTES, Shape::kRows, Shape::kPanels>(count, a + first * stride, stride, b, right.in, block, ahead);
+        multiply_rows<BYTES, Shape::kRows, Shape::kPanels>(count, product);
       } else {
-        multiply_rows<BYTES, Shape::kRows, 1>(count, a + first * stride, stride, b, right.in, block, ahead);
+        multiply_rows<BYTES, Shape::kRows, 1>(count, product);
       }
       for (int64_t row = 0; row < count; row++) {
         for (int64_t column = 0; column < width; column += L) {

@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cmt_fast.backend import BackendError
 from cmt_fast.inference import program
 from cmt_fast.inference.native.linear_steps import NATIVE_BETWEEN
+from cmt_fast.inference.native.reasons import native_reasons
 from cmt_fast.inference.native.schema import PANEL
 from cmt_fast.inference.native.steps import NATIVE
 from cmt_fast.inference.program import PackedModel, round_up
@@ -58,7 +60,12 @@ def prepare(packed: PackedModel) -> tuple[PackedModel, StepFunctions]:
 
     Nothing of ``packed`` is shared but what needs no layout (taps, tables), so that it can be freed. Where PyTorch has faster
     matrix products than the compiled library, they stay with PyTorch, and the program is as it was.
+
+    Raises:
+        BackendError: if the compiled library cannot run ``packed``; the message says why.
     """
+    if reasons := native_reasons(packed):
+        raise BackendError(f"the compiled library cannot run this packed model: {'; '.join(reasons)}")
     if packed.dtype == torch.bfloat16 and multiplies_bfloat16():
         return packed, NATIVE_BETWEEN
     return _lay_out(packed), NATIVE

@@ -6,8 +6,8 @@
 
 namespace cmt_fast {
 
-// Channels between the pixels of the hidden map: more than it has, because pixels a power of 2 apart would share a set of the cache, and the
-// convolution walks from pixel to pixel.
+// Channels between the pixels of the hidden map: more than it has, because pixels a power of 2 apart would share a set of the
+// cache, and the convolution walks from pixel to pixel.
 constexpr int64_t hidden_stride(int64_t channels) { return tile_stride(channels); }
 
 // LayerNorm without affine, 1x1 expansion, GELU, affine: rows (C) -> rows (R) a hidden_stride apart.
