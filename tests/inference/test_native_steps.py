@@ -425,7 +425,7 @@ def assert_threads_do_not_matter(function: Callable[[], list[Tensor]]) -> None:
         assert all(torch.equal(a, e) for a, e in zip(actual, expected)), threads
 
 
-@pytest.mark.parametrize("case", [name for name in CASES if not "between products" in name])
+@pytest.mark.parametrize("case", [name for name in CASES if "between products" not in name])
 @each_dtype
 def test_threads_do_not_change_a_bit(case, dtype):
     for seed in (0, 3, 4, 30, 31, 32):  # no image, one pixel, one key, others
@@ -635,7 +635,8 @@ ERRORS = (
     ("packed_linear", dict(x=zeros(1, 3, 5)), r"x must have shape \(rows, in\), got \(1, 3, 5\)"),
     ("packed_linear", dict(x=zeros(3, 6)), r"weight must have shape \(2, 6, 16\), got \(2, 5, 16\)"),
     ("packed_linear", dict(bias=zeros(20)), r"bias must have shape \(32\), got \(20\)"),
-    ("packed_linear", dict(out=0), "weight must have at least one output, got 0"),
+    ("packed_linear", dict(out=0), "weight must have at least one input and output, got 5 and 0"),
+    ("packed_linear", dict(x=zeros(3, 0), weight=zeros(2, 0, 16)), "at least one input and output, got 0 and 20"),
     (
         "packed_conv3x3_gelu",
         dict(x=zeros(1, 0, 6, 2)),
