@@ -71,7 +71,7 @@ def _maps(
     maps = {}
     for i in range(max(wanted) + 1):
         stage, grid = packed.stages[i], grids[i]
-        table = resize_relative_pos(stage.table, *own_grids[i], *grid)
+        table = resize_relative_pos(stage.table, *own_grids[i], *grid).contiguous()
         stem = packed.stem if i == 0 else None
         if chunk_bytes is None:
             x = _stage(stem, stage, table, x, functions)

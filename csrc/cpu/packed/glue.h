@@ -54,7 +54,7 @@ inline const float* vector(const char* name, const Tensor& t, int64_t width) {
 // A weight in panels, (panels, in, 16).
 template <typename T>
 Panels<T> panels(const char* name, const Tensor& t, int64_t in, int64_t out) {
-  STD_TORCH_CHECK(out > 0, name, " must have at least one output, got ", out);
+  STD_TORCH_CHECK(in > 0 && out > 0, name, " must have at least one input and output, got ", in, " and ", out);
   check(name, t, {whole_panels(out) / kPanel, in, kPanel}, std::is_same_v<T, bf16> ? ScalarType::BFloat16 : ScalarType::Float);
   return {read<T>(t), in, out};
 }
