@@ -13,18 +13,31 @@ CMT_FAST_INLINE void fill(Floats<N>& v, float value) {
   v = value - Floats<N>{};  // a broadcast; an addition of zero would not be one, as it changes -0
 }
 
+// One half after the other, in log2 N steps.
 template <int N>
 CMT_FAST_INLINE float sum_lanes(const Floats<N>& v) {
-  float sum = 0;
-  for (int i = 0; i < N; i++) sum += v[i];
-  return sum;
+  if constexpr (N == 1) {
+    return v[0];
+  } else {
+    Floats<N / 2> low, high;
+    std::memcpy(&low, &v, sizeof(low));
+    std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof(low), sizeof(high));
+    low += high;
+    return sum_lanes<N / 2>(low);
+  }
 }
 
 template <int N>
 CMT_FAST_INLINE float max_lanes(const Floats<N>& v) {
-  float max = v[0];
-  for (int i = 1; i < N; i++) max = v[i] > max ? v[i] : max;
-  return max;
+  if constexpr (N == 1) {
+    return v[0];
+  } else {
+    Floats<N / 2> low, high;
+    std::memcpy(&low, &v, sizeof(low));
+    std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof(low), sizeof(high));
+    low = low > high ? low : high;
+    return max_lanes<N / 2>(low);
+  }
 }
 
 // x -> x Phi(x) = x / 2 + x / 2 erf(x / sqrt 2), the exact GELU. erf is x P(x^2) / Q(x^2), a minimax fit on |x| < 5.5 with an error of

@@ -37,6 +37,7 @@ struct AttentionLayout {
 
   template <int BYTES>
   CMT_FAST_INLINE static void run(const Args& args, int64_t begin, int64_t end) {
+    constexpr int N = BYTES / sizeof(float);
     const AttentionSize& n = args.n;
     for (int64_t task = begin; task < end; task++) {
       const int64_t image = task / n.heads, head = task % n.heads;
@@ -57,8 +58,13 @@ struct AttentionLayout {
                                  : args.values + task * n.value_floats();
       for (int64_t m = 0; m < n.keys; m++) {
         const T* row = from + m * n.columns + n.heads * n.key_dim + head * n.value_dim;
-        for (int64_t d = 0; d < n.value_panels() * kPanel; d++) {
-          values[(d / kPanel * height + m) * kPanel + d % kPanel] = d < n.value_dim ? widen(row[d]) : 0.0f;
+        for (int64_t panel = 0; panel < n.value_panels(); panel++) {
+          float* to = values + (panel * height + m) * kPanel;
+          for (int64_t d = 0; d < kPanel; d += N) {
+            Floats<N> v;
+            load_part<N>(v, row + panel * kPanel + d, n.value_dim - panel * kPanel - d);
+            store<N>(to + d, v);
+          }
         }
       }
     }
