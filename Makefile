@@ -11,7 +11,7 @@ PIP_QUIET := -qq --disable-pip-version-check
 SOURCES := $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-latest lint bench clean
+.PHONY: help setup demo test test-latest sanitize lint bench clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ test: $(VENV)/.installed ## the test suite
 
 test-latest: $(VENV_LATEST)/.installed ## the test suite on the newest supported torch
 	$(VENV_LATEST)/bin/python -m pytest $(PYTEST_ARGS)
+
+sanitize: $(VENV)/.installed ## the CPU kernels of a packed model under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(VENV)/bin/python -m pytest tests/native $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed ## ruff (rules and format) and mypy
 	$(VENV)/bin/ruff check .
