@@ -69,7 +69,7 @@ CMT_FAST_INLINE void gelu(Floats<N>& x) {
 template <int N>
 CMT_FAST_INLINE void exp2_of_negative(Floats<N>& x) {
   using V = Floats<N>;
-  using I = Vec<int32_t, N>;
+  using I = Vec<uint32_t, N>;
   const V low = x > -126.0f ? x : -126.0f - V{};
   // Adding 1.5 * 2^23 leaves the nearest integer in the low bits of the sum.
   constexpr float kRound = 12582912.0f;
