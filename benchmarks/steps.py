@@ -171,6 +171,7 @@ def _wrong(base: Call, calls: dict[str, Call], dtype: torch.dtype) -> dict[str, 
     notes = {}
     for provider, call in calls.items():
         for i, result in enumerate(call()):
+            result = result[..., : exact[i].shape[-1]]  # a kernel may leave room between the pixels of a map
             judged = compare(f"output {i}", result, exact[i], plain[i], dtype=dtype)
             if not judged.passed:
                 notes[provider] = f"wrong: {judged}"

@@ -681,7 +681,11 @@ ERRORS = (
     ),
     ("packed_expand", dict(channels=6), "channels must be 1 to 5, got 6"),
     ("packed_expand", dict(x=zeros(4, 6, 5)), r"x must have shape \(B, H, W, C\) .* got \(4, 6, 5\)"),
-    ("packed_depthwise_project", dict(hidden=zeros(1, 4, 6, 20)), r"hidden must have shape \(1, 4, 6, 48\), got"),
+    (
+        "packed_depthwise_project",
+        dict(hidden=zeros(1, 4, 6, 4)),
+        r"hidden must have at least the \d+ channels of taps, got",
+    ),
     ("packed_depthwise_project", dict(shortcut=zeros(1, 4, 5, 5)), r"shortcut must have shape \(1, 4, 6, 5\), got"),
     ("packed_attention_core", dict(q=zeros(1, 4, 6, 7)), r"q must have 2 \* 3 channels, got \(1, 4, 6, 7\)"),
     ("packed_normalise", dict(channels=6), "channels must be 1 to 5, got 6"),

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cmt_fast.backend import machine_reasons
 from cmt_fast.inference import pack
 from cmt_fast.inference.torch_steps import TORCH
 from cmt_fast.models.cmt import CMT
@@ -164,3 +165,13 @@ def test_a_wrong_step_gets_no_time(monkeypatch):
             assert row["median_us"] is None and row["note"].startswith("wrong: output 0 FAILED")
         else:
             assert row["gb_s"] > 0 and row["ratio"] > 0 and not row["note"]
+
+
+def test_every_step_of_the_compiled_library_is_timed(monkeypatch):
+    """On the maps of the plain program, whose hidden map has no room between its pixels."""
+    steps = module(monkeypatch, "steps")
+    if machine_reasons("native"):
+        pytest.skip("; ".join(machine_reasons("native")))
+    rows = list(steps.measure_steps("cmt_ti", 1, "float32", ["reference", "native"], steps.STEPS, 0.001, 64))
+    assert {row["op"] for row in rows} == {f"packed {step}" for step in steps.STEPS}
+    assert not [row["note"] for row in rows if row["note"]]

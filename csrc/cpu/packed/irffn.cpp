@@ -28,8 +28,8 @@ Tensor packed_depthwise_project_cpu(Tensor hidden, Tensor shortcut, Tensor taps,
   check_map("shortcut", shortcut);
   STD_TORCH_CHECK(taps.dim() == 2, "taps must have shape (9, R), got ", shape_of(taps));
   const int64_t b = hidden.size(0), h = hidden.size(1), w = hidden.size(2), c = shortcut.size(3);
-  const int64_t r = taps.size(1), stride = hidden_stride(r);
-  check("hidden", hidden, {b, h, w, stride}, hidden.scalar_type());
+  const int64_t r = taps.size(1), stride = hidden.size(3);  // hidden_stride(r) is best
+  STD_TORCH_CHECK(stride >= r, "hidden must have at least the ", r, " channels of taps, got ", shape_of(hidden));
   check("shortcut", shortcut, {b, h, w, c}, hidden.scalar_type());
   check("taps", taps, {9, r}, ScalarType::Float);
   check("bias", bias, {r}, ScalarType::Float);

@@ -97,7 +97,7 @@ struct ConvGeluRows {
 template <typename T>
 struct DepthwiseProjectTile {
   struct Args {
-    HiddenConv<T> conv;  // of a map with hidden_stride(R) channels
+    HiddenConv<T> conv;
     const T* shortcut;   // (B, H, W, C)
     Panels<T> weight;
     const float* out_bias;  // to the end of the last panel
