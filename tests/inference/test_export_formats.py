@@ -185,9 +185,9 @@ def test_aoti(tmp_path):
     assert json.loads(torch._inductor.aoti_load_package(str(path)).get_metadata()["class_names"]) == ["a"]
 
 
-def test_aoti_without_a_compiler(tmp_path, monkeypatch):
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/nonexistent/c++",))
-    with pytest.raises(RuntimeError, match=r"AOTInductor needs a C\+\+ compiler: install g\+\+ or clang"):
+def test_aoti_without_a_compiler(tmp_path):
+    without = torch._inductor.config.patch({"cpp.cxx": ("/nonexistent/c++",)})  # which puts back what was there
+    with without, pytest.raises(RuntimeError, match=r"AOTInductor needs a C\+\+ compiler: install g\+\+ or clang"):
         export_aoti(pack(features(0)), tmp_path / "model.pt2")
 
 
