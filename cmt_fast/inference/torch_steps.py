@@ -27,7 +27,7 @@ def patch_embed(step: program.PatchEmbed, x: Tensor) -> Tensor:
     """(B, H, W, C_in) -> (B, H // 2, W // 2, C); an odd last row or column is left out."""
     h, w = x.shape[1] // 2, x.shape[2] // 2
     patches = x[:, : 2 * h, : 2 * w].unflatten(2, (w, 2)).unflatten(1, (h, 2))  # (B, h, 2, w, 2, C_in)
-    y = _linear(patches.transpose(2, 3).flatten(3), step.weight, step.bias)
+    y = linear(patches.transpose(2, 3).flatten(3), step.weight, step.bias)
     wide = _normalise(y.to(step.scale.dtype), step.channels, step.eps)
     return _affine(wide, step.scale, step.shift).to(x.dtype)
 
@@ -61,33 +61,33 @@ def attention(step: program.Attention, kv_step: program.KV, y: Tensor, keys_valu
         logits = logits + table.transpose(0, 1) + key_bias[..., :h].transpose(1, 2).unsqueeze(1)
         out = _softmax(logits, step.base2).flatten(2) @ values.flatten(1, 2) + step.out_bias.to(y.dtype)
     else:
-        query = _linear(x, step.query_weight, step.query_bias).unflatten(-1, (h, -1)).transpose(1, 2)
+        query = linear(x, step.query_weight, step.query_bias).unflatten(-1, (h, -1)).transpose(1, 2)
         weights = _softmax(query @ keys.transpose(2, 3) + table, step.base2)  # (B, h, N, M)
-        out = _linear((weights @ values).transpose(1, 2).flatten(2), step.out_weight, step.out_bias)
+        out = linear((weights @ values).transpose(1, 2).flatten(2), step.out_weight, step.out_bias)
     return y + out.view_as(y)
 
 
 def expand(step: program.Expand, z: Tensor) -> Tensor:
     """(B, H, W, C) -> (B, H, W, R)."""
     x = _normalise(z, step.channels, step.eps)
-    return _affine(F.gelu(_linear(x, step.weight, step.bias)), step.scale, step.shift)
+    return _affine(F.gelu(linear(x, step.weight, step.bias)), step.scale, step.shift)
 
 
 def depthwise_project(step: program.DepthwiseProject, hidden: Tensor, z: Tensor) -> Tensor:
     """hidden (B, H, W, R), z (B, H, W, C) the block's shortcut -> (B, H, W, C)."""
     g = F.gelu(_depthwise3x3(hidden, step.taps, step.bias)).to(z.dtype)
-    return z + _linear(g, step.weight, step.out_bias)
+    return z + linear(g, step.weight, step.out_bias)
 
 
 def head(step: program.Head, x: Tensor) -> Tensor:
     """(B, H, W, C) -> (B, classes), or the features before the classifier, (B, features) or (B, features, H, W)."""
-    x = F.silu(_linear(x, step.weight, step.bias))
+    x = F.silu(linear(x, step.weight, step.bias))
     if step.pool:
         x = x.mean((1, 2))
     if step.hidden_weight is not None:
-        x = torch.tanh(_linear(x, step.hidden_weight, step.hidden_bias))
+        x = torch.tanh(linear(x, step.hidden_weight, step.hidden_bias))
     if step.class_weight is not None:
-        return _linear(x, step.class_weight, step.class_bias)
+        return linear(x, step.class_weight, step.class_bias)
     x = x[..., : step.features]
     return x if step.pool else nchw(x.contiguous())
 
@@ -120,7 +120,7 @@ def _normalise(x: Tensor, channels: int, eps: float) -> Tensor:
     return F.pad(y, (0, padding)) if padding else y
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Torch wants the bias in the dtype of the product, though it adds it in float32."""
     return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 

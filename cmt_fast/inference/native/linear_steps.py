@@ -12,32 +12,29 @@ from torch import Tensor
 from cmt_fast.inference import program
 from cmt_fast.inference.native import schema
 from cmt_fast.inference.native.steps import lpu
-from cmt_fast.inference.torch_steps import TORCH, StepFunctions
+from cmt_fast.inference.torch_steps import TORCH, StepFunctions, linear
 
 
 def attention(step: program.Attention, kv_step: program.KV, y: Tensor, keys_values: Tensor, table: Tensor) -> Tensor:
     h, dims = step.heads, (kv_step.key_dim, kv_step.value_dim)
     if step.query_weight is None or step.out_weight is None:
-        norm = (step.channels, step.eps)
         bias = F.pad(step.out_bias, (0, -len(step.out_bias) % schema.PANEL))
-        return schema.packed_attention(y, keys_values, table, None, None, None, bias, h, *dims, *norm, step.base2)
-    q = _linear(schema.packed_normalise(y, step.channels, step.eps), step.query_weight, step.query_bias)
+        return schema.packed_attention(
+            y, keys_values, table, None, None, None, bias, h, *dims, step.channels, step.eps, step.base2
+        )
+    q = linear(schema.packed_normalise(y, step.channels, step.eps), step.query_weight, step.query_bias)
     o = schema.packed_attention_core(q, keys_values, table, h, *dims, step.base2)
-    return y + _linear(o, step.out_weight, step.out_bias)
+    return y + linear(o, step.out_weight, step.out_bias)
 
 
 def expand(step: program.Expand, z: Tensor) -> Tensor:
-    x = _linear(schema.packed_normalise(z, step.channels, step.eps), step.weight, step.bias)
+    x = linear(schema.packed_normalise(z, step.channels, step.eps), step.weight, step.bias)
     return schema.packed_gelu_affine(x, step.scale, step.shift)
 
 
 def depthwise_project(step: program.DepthwiseProject, hidden: Tensor, z: Tensor) -> Tensor:
     g = schema.packed_depthwise_gelu(hidden, step.taps, step.bias)
-    return z + _linear(g, step.weight, step.out_bias)
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    return z + linear(g, step.weight, step.out_bias)
 
 
 #: The compiled library between PyTorch's products.
