@@ -19,8 +19,9 @@ POSSIBLE = interpreting() or not torch.cuda.is_available()
 if POSSIBLE:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        for file in sorted(Path(cmt_fast.__file__).parent.glob("ops/*/triton_kernels.py")):
-            importlib.import_module(f"cmt_fast.ops.{file.parent.name}.triton_kernels")
+        package = Path(cmt_fast.__file__).parent
+        for file in sorted([*package.glob("ops/_triton/*.py"), *package.glob("ops/*/triton_*kernels.py")]):
+            importlib.import_module(f"cmt_fast.ops.{file.parent.name}.{file.stem}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
