@@ -6,6 +6,8 @@ VENV_LATEST := .venv-latest
 TORCH_LATEST := 2.13.0
 TORCHVISION_LATEST := 0.28.0
 PYTEST_ARGS ?=
+# Tests are given out to processes, one a core: what a test leaves behind in a process must not matter to any other.
+PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 PIP_QUIET := -qq --disable-pip-version-check
 SOURCES := $(shell find csrc -type f)
@@ -23,10 +25,10 @@ demo: $(VENV)/.installed ## train a small CMT on digits, verify, benchmark; repo
 	$(VENV)/bin/cmt-fast demo --output demo-report
 
 test: $(VENV)/.installed ## the test suite
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	$(VENV)/bin/python $(PYTEST) $(PYTEST_ARGS)
 
 test-latest: $(VENV_LATEST)/.installed ## the test suite on the newest supported torch
-	$(VENV_LATEST)/bin/python -m pytest $(PYTEST_ARGS)
+	$(VENV_LATEST)/bin/python $(PYTEST) $(PYTEST_ARGS)
 
 sanitize: $(VENV)/.installed ## the CPU kernels of a packed model under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(VENV)/bin/python -m pytest tests/native $(PYTEST_ARGS)
@@ -76,7 +78,7 @@ $(VENV_LATEST)/.torch: $(VENV_LATEST)/.made constraints.txt
 # timm, which imports it, skip and say so.
 $(VENV_LATEST)/.installed: $(VENV)/.installed $(VENV_LATEST)/.torch
 	$(VENV_LATEST)/bin/pip install $(PIP_QUIET) -c $(VENV_LATEST)/constraints.txt numpy typer rich pillow safetensors \
-	  scikit-learn matplotlib pytest pytest-benchmark hypothesis ninja
+	  scikit-learn matplotlib pytest pytest-benchmark pytest-xdist hypothesis ninja
 	$(VENV_LATEST)/bin/pip install $(PIP_QUIET) -c $(VENV_LATEST)/constraints.txt \
 	  torch==$(TORCH_LATEST) torchvision==$(TORCHVISION_LATEST) timm
 	$(VENV_LATEST)/bin/python -c "import torchvision" 2>/dev/null || { \

@@ -11,6 +11,8 @@ import torch
 from cmt_fast.backend import get_backend, set_backend
 from cmt_fast.testing.poison import poisoned_empty
 
+# What commands print has room for a temporary folder's name, whatever terminal the tests run in.
+os.environ["COLUMNS"] = "250"
 # The tensors of tests are tiny: threads only cost time, here and in the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
