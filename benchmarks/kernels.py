@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.run import QUICK_RESULTS
-from benchmarks.store import RESULTS, ResultFile
+from benchmarks.store import RESULTS, ResultFile, timing_columns
 from cmt_fast.backend import use_backend
 from cmt_fast.inference.program import Padding
 from cmt_fast.inference.torch_steps import TORCH
@@ -104,10 +104,7 @@ def measure_step(
         t = timings.get(provider)
         yield dict(
             provider=provider,
-            median_us=t and t.median * 1e6,
-            p20_us=t and t.p20 * 1e6,
-            p80_us=t and t.p80 * 1e6,
-            ratio=_ratio(timings.get("torch"), t),
+            **timing_columns(t, timings.get("torch")),
             over_chain=_ratio(timings.get("chain"), t),
             bytes=moved,
             of_copy=_ratio(timings.get("copy"), t),

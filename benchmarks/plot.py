@@ -1,4 +1,7 @@
-"""Bar charts of result files: ``python -m benchmarks.plot results/<device>/<file>.json ratios.png``."""
+"""Figures of result files alone: ``python -m benchmarks.plot results/<device>/<file>.json [FOLDER or IMAGE.png] [--figure ratios]``.
+
+A folder gets every figure that the file has data for; an image one of them.
+"""
 
 from __future__ import annotations
 
@@ -6,36 +9,41 @@ import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.registry import BASELINE
 from benchmarks.store import load
+from cmt_fast.models.variants import VARIANTS
 from cmt_fast.testing.providers import BASELINE as MODEL_BASELINE
 from cmt_fast.testing.results import device_name
 
+Data = dict[str, Any]
+Row = dict[str, Any]
 
-def plot(data: dict[str, Any], path: Path, mode: str = "inference", dtype: str = "float32") -> None:
-    """Draw the ratios of one mode and dtype: a group of bars an operation and shape, or a model and batch; a line at 1.
+
+def plot(data: Data, path: Path, mode: str = "inference", dtype: str = "float32") -> None:
+    """Write the bars of :func:`ratios`.
 
     Raises:
         ValueError: if there is nothing to draw.
         ImportError: without matplotlib.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'cmt-fast[train]'") from error
-    rows = [row for row in data["rows"] if (row["mode"], row["dtype"]) == (mode, dtype)]
-    rows = [row for row in rows if row["ratio"] is not None and row["provider"] != _baseline(row)]
+    _write(ratios(data, mode, dtype), path)
+
+
+def ratios(data: Data, mode: str = "inference", dtype: str = "float32") -> Any:
+    """The ratios of one mode and dtype: a group of bars an operation and shape, or a model and batch; a line at 1."""
+    rows = [row for row in data["rows"] if (row["mode"], row.get("dtype")) == (mode, dtype)]
+    rows = [row for row in rows if row.get("section") not in ("peers", "calibration", "memory")]
+    rows = [row for row in rows if row.get("ratio") is not None and row["provider"] != _baseline(row)]
     if not rows:
         raise ValueError(f"no ratios for mode {mode} and dtype {dtype} in this file")
     subjects = list(dict.fromkeys(map(_subject, rows)))
     providers = list(dict.fromkeys(row["provider"] for row in rows))
     height = 0.8 / len(providers)
-    figure = Figure(figsize=(9, 1.5 + len(subjects) * max(0.4, 0.12 * len(providers))), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _figure(data, f"{mode}, {dtype}", 1.5 + len(subjects) * max(0.4, 0.12 * len(providers)))
     for i, provider in enumerate(providers):
         mine = [row for row in rows if row["provider"] == provider]
         places = [subjects.index(_subject(row)) + (i + 0.5) * height - 0.4 for row in mine]
@@ -44,8 +52,173 @@ def plot(data: dict[str, Any], path: Path, mode: str = "inference", dtype: str =
     axes.set_yticks(range(len(subjects)), subjects, fontsize=7)
     axes.invert_yaxis()
     axes.set_xlabel(f"times as fast as {_baseline(rows[0])}")
-    axes.set_title(f"{mode}, {dtype}: {device_name(data['machine'])}, torch {data['machine']['torch']}", fontsize=9)
     axes.legend()
+    return figure
+
+
+def accuracy(data: Data) -> Any:
+    """ImageNet accuracy as published against images a second as measured: CMT as it was, as it is, and what else there is."""
+    rows = [row for row in _section(data, "peers") if row.get("top1") and row.get("images_per_s")]
+    batch = _need(rows, "networks beside CMT")[0]["batch"]
+    rows = [row for row in rows if row["batch"] == batch]
+    figure, axes = _figure(data, f"batch {batch}, {rows[0]['dtype']}; accuracy as published", 5.5)
+    best: dict[str, Row] = {}
+    for row in rows:
+        if row["model"] not in VARIANTS and row["images_per_s"] > best.get(row["model"], row)["images_per_s"] - 1e-9:
+            best[row["model"]] = row
+    for row in best.values():
+        axes.scatter(row["images_per_s"], row["top1"], color="tab:gray", zorder=3)
+        axes.annotate(
+            row["model"].split("_patch")[0],
+            (row["images_per_s"], row["top1"]),
+            (4, -9),
+            textcoords="offset points",
+            fontsize=7,
+        )
+    for name in VARIANTS:
+        speeds = {row["provider"]: row["images_per_s"] for row in rows if row["model"] == name}
+        top1 = VARIANTS[name].paper_top1
+        if "original" in speeds:
+            axes.scatter(speeds["original"], top1, facecolors="none", edgecolors="tab:red", zorder=3)
+        if "optimize" in speeds:
+            axes.scatter(speeds["optimize"], top1, color="tab:red", zorder=3)
+            axes.annotate(
+                name, (speeds["optimize"], top1), (5, 4), textcoords="offset points", fontsize=8, color="tab:red"
+            )
+        if len(speeds) > 1:
+            arrow = dict(arrowstyle="->", color="tab:red", alpha=0.6)
+            axes.annotate("", (speeds["optimize"], top1), (speeds["original"], top1), arrowprops=arrow)
+    axes.set_xscale("log")
+    axes.set_xlabel("images a second (CMT: from the original's order of operations, hollow, to optimize)")
+    axes.set_ylabel("ImageNet top-1, percent")
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def roofline(data: Data) -> Any:
+    """Each step's operations a second over its operations a byte, under what this machine copies and multiplies at best."""
+    rows = [row for row in _section(data, "kernels") if row.get("flops") and row.get("median_us")]
+    _need(rows, "steps with their bytes and operations")
+    figure, axes = _figure(data, rows[0]["dtype"], 5.5)
+    fastest = {}
+    for row in rows:
+        fastest.setdefault(row["provider"], []).append(row)
+    for provider, mine in fastest.items():
+        x = [row["flops"] / row["bytes"] for row in mine]
+        axes.scatter(x, [row["flops"] / row["median_us"] * 1e-3 for row in mine], s=18, label=provider, zorder=3)
+    calibrated = _section(data, "calibration")
+    copies = [row["gb_s"] for row in calibrated if row["op"] == "copy"]
+    products = [row["gflop_s"] for row in calibrated if row["op"] == "matrix product"]
+    if copies and products:
+        low, high = (f(row["flops"] / row["bytes"] for row in rows) for f in (min, max))
+        grid = [low * (high / low) ** (i / 50) for i in range(51)]
+        # The largest copy does not fit into any cache; the smallest, which may, is what steps in a cache are under.
+        for name, rate, style in (("memory", copies[-1], "-"), ("cache", max(copies), ":")):
+            axes.plot(
+                grid,
+                [min(rate * x, max(products)) for x in grid],
+                style,
+                color="black",
+                label=f"{name}: {rate:.0f} GB/s, {max(products):.0f} GFLOP/s",
+            )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("operations a byte that must move")
+    axes.set_ylabel("GFLOP/s")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=7)
+    return figure
+
+
+def memory(data: Data) -> Any:
+    """Peak memory of a call, by provider and batch."""
+    rows = [row for row in (*_section(data, "memory"), *_section(data, "inference")) if row.get("peak_mib") is not None]
+    _need(rows, "memory")
+    labels = [f"{row['model']} batch {row['batch']}\n{row['provider']}" for row in rows]
+    figure, axes = _figure(data, f"{rows[0]['dtype']}, inference", 1.2 + 0.45 * len(rows))
+    axes.barh(range(len(rows)), [row["peak_mib"] for row in rows], color="tab:blue")
+    axes.set_yticks(range(len(rows)), labels, fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel("MiB beyond what is held between calls")
+    return figure
+
+
+def latency(data: Data) -> Any:
+    """Milliseconds an image over the batch, by provider, of the variant that has most batches."""
+    rows = [row for row in _section(data, "inference") if row.get("median_ms")]
+    _need(rows, "whole models")
+    name, dtype = max(
+        ((row["model"], row["dtype"]) for row in rows),
+        key=lambda key: len({r["batch"] for r in rows if (r["model"], r["dtype"]) == key}),
+    )
+    rows = [row for row in rows if (row["model"], row["dtype"]) == (name, dtype)]
+    figure, axes = _figure(data, f"{name}, {dtype}, inference", 4.5)
+    for provider in dict.fromkeys(row["provider"] for row in rows):
+        points = sorted((row["batch"], row["median_ms"] / row["batch"]) for row in rows if row["provider"] == provider)
+        axes.plot(*zip(*points), marker="o", label=provider)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("batch")
+    axes.set_ylabel("milliseconds an image")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=7)
+    return figure
+
+
+FIGURES: dict[str, Callable[[Data], Any]] = {
+    "accuracy": accuracy,
+    "ratios": ratios,
+    "roofline": roofline,
+    "memory": memory,
+    "latency": latency,
+}
+
+
+def write_figures(data: Data, folder: Path) -> dict[str, Path]:
+    """Every figure that there is data for, as PNG files in ``folder``, by name.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    _matplotlib()
+    folder.mkdir(parents=True, exist_ok=True)
+    written = {}
+    for name, draw in FIGURES.items():
+        try:
+            figure = draw(data)
+        except ValueError:
+            continue  # nothing to draw
+        written[name] = folder / f"{name}.png"
+        _write(figure, written[name])
+    return written
+
+
+def _section(data: Data, name: str) -> list[Row]:
+    return [row for row in data["rows"] if row.get("section") == name]
+
+
+def _need(rows: list[Row], what: str) -> list[Row]:
+    if not rows:
+        raise ValueError(f"no rows of {what} in this file: make one with python -m benchmarks.report")
+    return rows
+
+
+def _matplotlib() -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'cmt-fast[train]'") from error
+    return Figure
+
+
+def _figure(data: Data, title: str, height: float) -> tuple[Any, Any]:
+    figure = _matplotlib()(figsize=(9, height), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(f"{title}: {device_name(data['machine'])}, torch {data['machine']['torch']}", fontsize=9)
+    return figure, axes
+
+
+def _write(figure: Any, path: Path) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=path.suffix)
     os.close(handle)
     try:
@@ -57,11 +230,11 @@ def plot(data: dict[str, Any], path: Path, mode: str = "inference", dtype: str =
         raise
 
 
-def _baseline(row: dict[str, Any]) -> str:
+def _baseline(row: Row) -> str:
     return BASELINE if "op" in row else MODEL_BASELINE
 
 
-def _subject(row: dict[str, Any]) -> str:
+def _subject(row: Row) -> str:
     """What is compared, in words."""
     if "op" in row:
         return f"{row['op']}\n{row['shape']}"
@@ -72,11 +245,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Draw one file."""
     parser = argparse.ArgumentParser("python -m benchmarks.plot", description=__doc__)
     parser.add_argument("results", type=Path)
-    parser.add_argument("image", type=Path, help="PNG, PDF or SVG")
-    parser.add_argument("--mode", default="inference")
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("target", type=Path, help="a folder for every figure; or a PNG, PDF or SVG file for one")
+    parser.add_argument("--figure", choices=FIGURES, default="ratios", help="of a file")
+    parser.add_argument("--mode", default="inference", help="of the ratios")
+    parser.add_argument("--dtype", default="float32", help="of the ratios")
     options = parser.parse_args(arguments)
-    plot(load(options.results), options.image, options.mode, options.dtype)
+    data = load(options.results)
+    if not options.target.suffix:
+        for path in write_figures(data, options.target).values():
+            print(path)
+    elif options.figure == "ratios":
+        plot(data, options.target, options.mode, options.dtype)
+    else:
+        _write(FIGURES[options.figure](data), options.target)
     return 0
 
 

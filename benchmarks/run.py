@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.calls import MODES, make_call
 from benchmarks.registry import BASELINE, OPS, PROVIDERS
-from benchmarks.store import RESULTS, ResultFile
+from benchmarks.store import RESULTS, ResultFile, timing_columns
 from cmt_fast.backend import BACKENDS, machine_reasons
 from cmt_fast.models.variants import VARIANTS
 from cmt_fast.testing.inputs import Case
@@ -79,13 +79,7 @@ def measure_case(
     for provider in providers:
         row: dict[str, Any] = dict(op=op, shape=str(shape), provider=provider, dtype=p.name, mode=mode)
         t = timings.get(provider)
-        row |= dict(
-            median_us=t and t.median * 1e6,
-            p20_us=t and t.p20 * 1e6,
-            p80_us=t and t.p80 * 1e6,
-            ratio=base.median / t.median if base and t else None,
-            note=notes.get(provider, ""),
-        )
+        row |= timing_columns(t, base) | dict(note=notes.get(provider, ""))
         yield row
 
 

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.registry import BASELINE
 from benchmarks.run import QUICK_RESULTS
-from benchmarks.store import RESULTS, ResultFile
+from benchmarks.store import RESULTS, ResultFile, timing_columns
 from cmt_fast.inference import PackedModel, pack, run
 from cmt_fast.inference.native import prepare
 from cmt_fast.inference.torch_steps import TORCH, StepFunctions
@@ -143,10 +143,9 @@ def measure_steps(
                 provider=provider,
                 dtype=dtype,
                 mode="inference",
-                median_us=t and t.median * 1e6,
-                p20_us=t and t.p20 * 1e6,
-                p80_us=t and t.p80 * 1e6,
-                ratio=first.median / t.median if first and t else None,
+                **timing_columns(t, first),
+                bytes=size_bytes,
+                flops=flops,
                 gb_s=t and size_bytes / t.median * 1e-9,
                 gflop_s=t and flops / t.median * 1e-9,
                 note=notes.get(provider) or wrong.get(provider, ""),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cmt_fast.testing.results import device_name, machine, write_json
+from cmt_fast.testing.timing import Timing
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -32,18 +33,33 @@ class ResultFile:
         self.path = root / slug(device_name(facts)) / f"{facts['date'][:10]}-{commit}-{what}{threads}.json"
         self.data: dict[str, Any] = {"machine": facts, "rows": []}
         if self.path.exists():
-            self.data["rows"] = load(self.path)["rows"]
+            self.data = load(self.path) | {"machine": facts}
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Add a row, in place of an older one with the same key, and write the file."""
-        rows = [old for old in self.data["rows"] if key(old) != key(row)]
-        self.data["rows"] = [*rows, dict(row)]
+        self.add_all([row])
+
+    def add_all(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """:meth:`add` for rows that belong together: all of them are in the file, or none."""
+        new = {key(row): dict(row) for row in rows}
+        self.data["rows"] = [*(old for old in self.data["rows"] if key(old) not in new), *new.values()]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path, self.data)
 
 
+def timing_columns(t: Timing | None, base: Timing | None = None) -> dict[str, Any]:
+    """Of a row what was measured, in microseconds: None where nothing was. ``base``: what ``ratio`` is over."""
+    return dict(
+        median_us=t and t.median * 1e6,
+        p20_us=t and t.p20 * 1e6,
+        p80_us=t and t.p80 * 1e6,
+        samples_us=t and [float(f"{sample * 1e6:.5g}") for sample in t.samples],
+        ratio=base.median / t.median if base and t else None,
+    )
+
+
 #: What identifies a row; the rest of it is what was measured.
-KEY = ("op", "shape", "model", "img_size", "batch", "provider", "dtype", "mode")
+KEY = ("section", "op", "shape", "model", "img_size", "batch", "provider", "dtype", "mode")
 
 
 def key(row: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -19,6 +19,7 @@ from cmt_fast.backend import use_backend
 from cmt_fast.inference.export import export_onnx
 from cmt_fast.inference.pack import pack
 from cmt_fast.models.cmt import CMT
+from cmt_fast.testing.original_code import original_model
 from cmt_fast.testing.original_order import OriginalOrder
 from cmt_fast.testing.precision import Precision
 
@@ -141,6 +142,10 @@ PROVIDERS: dict[str, Provider] = {
     BASELINE: Provider(
         "the original's operation order in plain PyTorch, eager: the baseline",
         lambda model, images, p: eager(OriginalOrder(model), p),
+    ),
+    "original-code": Provider(
+        "the original's own code, from a checkout that CMT_FAST_ORIGINAL names",
+        lambda model, images, p: eager(original_model(model), p),
     ),
     "original-channels-last": Provider(
         "the same with channels_last weights and images",

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import tempfile
 from pathlib import Path
@@ -52,6 +53,10 @@ def device_name(facts: dict[str, Any]) -> str:
     return str(facts.get("gpu") or facts["cpu"])
 
 
+#: A list of nothing but numbers, which JSON's indentation would give a line each.
+_NUMBERS = re.compile(r"\[\s+[-+.\deE]+(,\s+[-+.\deE]+)*\s+\]")
+
+
 def check_folder(path: str | os.PathLike[str]) -> None:
     """Require the folder that ``path`` is to be written to, before the work of which it will hold the results.
 
@@ -68,6 +73,7 @@ def write_json(path: str | os.PathLike[str], data: object) -> None:
     path = Path(path)
     check_folder(path)
     text = json.dumps(_finite(data), indent=1, allow_nan=False) + "\n"
+    text = _NUMBERS.sub(lambda match: " ".join(match[0].split()), text)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:

@@ -28,12 +28,14 @@ class Timing:
     Attributes:
         median, p20, p80: of the samples.
         runs: calls measured.
+        samples: seconds a call of each sample, in the order in which they were taken.
     """
 
     median: float
     p20: float
     p80: float
     runs: int
+    samples: tuple[float, ...] = ()
 
 
 def measure(
@@ -139,9 +141,9 @@ def _warm_up(fn: Call, stopwatch: _Stopwatch) -> float:
 
 def _summary(samples: list[float], calls: int) -> Timing:
     if len(samples) == 1:
-        return Timing(samples[0], samples[0], samples[0], calls)
+        return Timing(samples[0], samples[0], samples[0], calls, (samples[0],))
     fifths = statistics.quantiles(samples, n=5, method="inclusive")
-    return Timing(statistics.median(samples), fifths[0], fifths[3], len(samples) * calls)
+    return Timing(statistics.median(samples), fifths[0], fifths[3], len(samples) * calls, tuple(samples))
 
 
 @contextlib.contextmanager

@@ -4,31 +4,23 @@ The original is not part of this repository: point CMT_FAST_ORIGINAL at a checko
 Without one these tests are skipped, and the golden files (tests/golden) stand for it.
 """
 
-import importlib.util
 import os
-import sys
-import warnings
-from pathlib import Path
 
 import pytest
 import torch
 
 import cmt_fast
 from cmt_fast.models.variants import VARIANTS
+from cmt_fast.testing.original_code import FOLDER_VARIABLE, load_original, original_model
 
-FOLDER = os.environ.get("CMT_FAST_ORIGINAL")
-pytestmark = pytest.mark.skipif(not FOLDER, reason="CMT_FAST_ORIGINAL does not name a checkout of the original code")
+pytestmark = pytest.mark.skipif(
+    not os.environ.get(FOLDER_VARIABLE), reason=f"{FOLDER_VARIABLE} does not name a checkout of the original code"
+)
 
 
 @pytest.fixture(scope="module")
 def original():
-    spec = importlib.util.spec_from_file_location("original_cmt", Path(FOLDER) / "cmt.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["original_cmt"] = module  # timm's register_model looks the module up
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it imports timm by its old paths and overwrites registered names
-        spec.loader.exec_module(module)
-    return module
+    return load_original()
 
 
 @pytest.fixture(params=VARIANTS)
@@ -98,3 +90,12 @@ def test_accelerate(pair):
     assert ours.head.weight is theirs.head.weight and not ours.training
     with torch.inference_mode():
         torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=1e-5)
+
+
+def test_the_original_on_our_parameters(pair):
+    _, ours, x = pair
+    theirs = original_model(ours)
+    with torch.inference_mode():
+        torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), atol=1e-5, rtol=1e-5)
+    theirs.head.weight.data.zero_()
+    assert not ours.head.weight.any(), "not shared"

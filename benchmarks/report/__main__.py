@@ -1,0 +1,102 @@
+"""Measure this machine and write a report: ``python -m benchmarks.report [--budget 600] [--only peers] [--resume]``.
+
+What is correct, how fast it is beside everything that a user would pick instead, and how far from the hardware's limit. Each finished
+measurement is in the result file at once; ``--resume`` goes on with the newest one of this device and commit. The page and its figures
+are made from the file alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.compare import add_comparison, compare_files
+from benchmarks.report.measurement import Report
+from benchmarks.report.page import write_page
+from benchmarks.report.sections import sections
+from benchmarks.report.settings import Settings, default_settings
+from benchmarks.run import QUICK_RESULTS
+from benchmarks.store import RESULTS, ResultFile, load
+from cmt_fast.testing.original_code import FOLDER_VARIABLE
+from cmt_fast.training.config import find_device
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns 1 if something was wrong, failed, or (with ``--compare``) slower than allowed."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.compare:
+        return compare_files(*options.compare, options.fail_if_slower)
+    if options.original:
+        os.environ[FOLDER_VARIABLE] = str(options.original)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    settings = default_settings(find_device(options.device), quick=options.quick, seconds=options.seconds)
+    every = sections(settings)
+    chosen = {name: section for name, section in every.items() if not options.only or name in options.only}
+    results = _result_file(settings, options.out, options.resume)
+    print(f"{results.data['machine']}\n-> {results.path}", flush=True)
+    report = Report(results, lambda line: print(line, flush=True))
+    try:
+        complete = report.run(chosen, options.budget)
+    except KeyboardInterrupt:
+        print("interrupted: what is finished is in the file", flush=True)
+        complete = False
+    page = write_page(load(results.path), results.path.with_suffix("")) if results.path.exists() else None
+    if not complete:
+        print(f"not finished: python -m benchmarks.report --resume goes on (--budget SECONDS, now {options.budget:g})")
+    print(f"report: {page}")
+    states = [results.data["sections"][name] for name in chosen]
+    wrong = any(row.get("failed") for row in results.data["rows"])
+    return int(wrong or any(state["failed"] for state in states))
+
+
+def _result_file(settings: Settings, out: Path | None, resume: bool) -> ResultFile:
+    """A new file, or the newest of this device, day and commit."""
+    root = out or (QUICK_RESULTS if settings.quick else RESULTS)
+    newest = None
+    for run in itertools.count(1):
+        file = ResultFile(settings.device, root, "report" if run == 1 else f"report{run}")
+        if not file.path.exists():
+            return newest if resume and newest else file
+        newest = file
+    raise AssertionError
+
+
+def _parser() -> argparse.ArgumentParser:
+    names = list(sections(default_settings(torch.device("cpu"))))
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=math.inf,
+        metavar="SECONDS",
+        help="start nothing that would not end within these",
+    )
+    parser.add_argument("--only", nargs="+", choices=names, metavar="STEP", help=", ".join(names))
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the newest file of this device, day and commit"
+    )
+    parser.add_argument(
+        "--original", type=Path, metavar="FOLDER", help="of the original's cmt.py, which is then timed too"
+    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, or auto")
+    parser.add_argument("--threads", type=int, help="of a CPU; PyTorch's choice by default")
+    parser.add_argument("--seconds", type=float, help="for each time; 1, or 0.02 with --quick")
+    parser.add_argument("--out", type=Path, help="folder of result files; benchmarks/results, with --quick outputs/")
+    parser.add_argument("--quick", action="store_true", help="small images: to see that everything runs")
+    add_comparison(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

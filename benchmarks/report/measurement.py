@@ -1,0 +1,120 @@
+"""What a report is made of: measurements, each finished and written alone, run within a budget and taken up again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.store import ResultFile
+
+Rows = Iterable[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The smallest piece that a run loses if it is cut off.
+
+    Attributes:
+        name: unique in its section.
+        run: makes the rows of the result file.
+        expected_s: seconds that it takes, roughly: it does not start where fewer are left. Compiling takes minutes.
+    """
+
+    name: str
+    run: Callable[[], Rows]
+    expected_s: float = 5.0
+
+
+@dataclass(frozen=True)
+class Section:
+    """A step of the report.
+
+    Attributes:
+        title: of its part of the page.
+        plan: makes the measurements, the most telling first; a section that cannot run here raises :class:`Unavailable`.
+        share: of the budget, relative to the others.
+    """
+
+    title: str
+    plan: Callable[[], Iterable[Measurement]]
+    share: float
+
+
+class Unavailable(Exception):
+    """Why a section cannot run on this machine."""
+
+
+class Report:
+    """A result file with its state: which measurements are done.
+
+    Args:
+        results: the file; ``data["sections"]`` says for each section what is done, what failed and what is missing.
+        say: called with each line of progress.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self, results: ResultFile, say: Callable[[str], None] = print, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.results, self.say, self.clock = results, say, clock
+        self.state: dict[str, dict[str, Any]] = results.data.setdefault("sections", {})
+
+    def run(self, sections: Mapping[str, Section], budget: float) -> bool:
+        """Run what is not done. Each section first gets its share of the budget, what one leaves goes to the next; then those that
+        had too little get the rest, in their order.
+
+        Returns:
+            Whether everything is done (or failed).
+        """
+        deadline = self.clock() + budget
+        plans = {name: self._plan(name, section) for name, section in sections.items()}
+        shares = sum(sections[name].share for name in plans)
+        for name, plan in plans.items():
+            left = deadline - self.clock()
+            self._section(name, plan, min(deadline, self.clock() + left * sections[name].share / shares))
+            shares -= sections[name].share
+        for name, plan in plans.items():
+            self._section(name, plan, deadline)
+        return not any(self.state[name]["missing"] for name in plans)
+
+    def _plan(self, name: str, section: Section) -> list[Measurement]:
+        state = self.state.setdefault(
+            name, {"title": section.title, "done": [], "failed": {}, "missing": [], "note": ""}
+        )
+        state["failed"] = {}  # tried once more
+        try:
+            plan = list(section.plan())
+            state["note"] = ""
+        except Unavailable as reason:
+            plan = []
+            state["note"] = str(reason)
+            self.say(f"== {section.title}: not here: {reason}")
+        self._missing(name, plan)
+        return plan
+
+    def _section(self, name: str, plan: list[Measurement], deadline: float) -> None:
+        state = self.state[name]
+        told = False
+        for m in plan:
+            if m.name in state["done"] or m.name in state["failed"] or self.clock() + m.expected_s > deadline:
+                continue
+            if not told:
+                self.say(f"== {state['title']}")
+                told = True
+            start = self.clock()
+            rows: list[dict[str, Any]] = []
+            try:
+                rows = [{"section": name, **row} for row in m.run()]
+                state["done"].append(m.name)
+            except Exception as error:
+                state["failed"][m.name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            self._missing(name, plan)
+            self.results.add_all(rows)  # with the state, in one piece
+            failure = state["failed"].get(m.name)
+            self.say(f"  {m.name}: {f'failed: {failure}' if failure else f'{self.clock() - start:.1f} s'}")
+
+    def _missing(self, name: str, plan: list[Measurement]) -> None:
+        state = self.state[name]
+        state["missing"] = [m.name for m in plan if m.name not in state["done"] and m.name not in state["failed"]]

@@ -1,0 +1,191 @@
+"""The page of a report: tables and figures of the result file, as HTML and Markdown. Nothing here measures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.plot import write_figures
+from cmt_fast.testing.results import device_name
+from cmt_fast.training.report import Report
+
+Row = dict[str, Any]
+
+CAPTIONS = {
+    "accuracy": "Published accuracy against measured images a second",
+    "ratios": "How many times as fast as the baseline",
+    "roofline": "Operations and steps under what the machine does at best",
+    "memory": "Peak memory of a call",
+    "latency": "Time an image over the batch",
+}
+
+
+def write_page(data: dict[str, Any], folder: Path) -> Path:
+    """Write ``report.html``, ``report.md`` and the figures into ``folder``; returns the path of the first.
+
+    Without matplotlib the page has no figures and says so.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = data["machine"]
+    page = Report(
+        f"cmt_fast on {device_name(facts)}",
+        "Every number was measured on this machine; ratios are of providers that took turns in one process. A result that was "
+        "not as accurate as PyTorch's own gets no time. Rows that lose stay.",
+        [(name.replace("_", " "), str(value)) for name, value in facts.items() if value is not None],
+    )
+    try:
+        figures, missing = write_figures(data, folder), ""
+    except ImportError as error:
+        figures, missing = {}, f"No figures: {error}; then python -m benchmarks.plot draws them from the result file."
+    if missing:
+        page.text(missing)
+    for name, path in figures.items():
+        page.figure(path, CAPTIONS[name])
+    for name, state in data.get("sections", {}).items():
+        page.heading(state["title"])
+        rows = [row for row in data["rows"] if row.get("section") == name]
+        for header, lines in _tables(name, rows):
+            page.table(header, lines)
+        for note in _notes(state):
+            page.text(note)
+    return page.write(folder)
+
+
+def _notes(state: dict[str, Any]) -> list[str]:
+    notes = [f"Not here: {state['note']}"] if state["note"] else []
+    notes += [f"Failed: {name}: {why}" for name, why in state["failed"].items()]
+    if state["missing"]:
+        notes.append(
+            f"Not measured yet ({len(state['missing'])}): {', '.join(state['missing'][:12])}{' ...' if len(state['missing']) > 12 else ''}"
+        )
+    return notes
+
+
+def _tables(section: str, rows: Sequence[Row]) -> list[tuple[list[str], list[list[str]]]]:
+    """Header and lines; none without rows."""
+    if not rows:
+        return []
+    header, line = _LINES[section]
+    return [(header, [line(row) for row in rows])]
+
+
+def _us(row: Row) -> list[str]:
+    if row.get("median_us") is None:
+        return ["–", "–"]
+    return [_number(row["median_us"]), f"{_number(row['p20_us'])} .. {_number(row['p80_us'])}"]
+
+
+def _number(x: float | None, unit: str = "") -> str:
+    """Three digits."""
+    if x is None:
+        return "–"
+    return f"{x:.0f}{unit}" if abs(x) >= 100 else f"{x:.3g}{unit}"
+
+
+def _ratio(x: float | None) -> str:
+    return "–" if x is None else f"{x:.2f}x"
+
+
+def _tests(row: Row) -> list[str]:
+    return [row["op"], str(row["passed"]), str(row["failed"]), str(row["skipped"]), row["note"]]
+
+
+def _accuracy(row: Row) -> list[str]:
+    errors = [_number(row["error"]), _number(row["own_error"]), _number(row["of_allowed"])]
+    return [row["op"], row["dtype"], row["provider"], str(row["checks"]), str(row["failed"]), *errors, row["note"]]
+
+
+def _calibration(row: Row) -> list[str]:
+    rates = [_number(row["gb_s"] or None), _number(row["gflop_s"] or None)]
+    return [row["op"], row["shape"], row["dtype"], row["mode"], *_us(row), *rates]
+
+
+def _kernel(row: Row) -> list[str]:
+    what = [row["op"], row["shape"], row["dtype"], row["mode"], row["provider"]]
+    return [*what, *_us(row), _ratio(row["ratio"]), _number(row.get("gb_s")), _number(row.get("gflop_s")), row["note"]]
+
+
+def _model(row: Row) -> list[str]:
+    what = [row["model"], str(row["batch"]), row["dtype"], row["provider"]]
+    spread = f"{_number(row['p20_ms'])} .. {_number(row['p80_ms'])}"
+    numbers = [
+        _number(row["median_ms"]),
+        spread,
+        _number(row["images_per_s"]),
+        _ratio(row["ratio"]),
+        _number(row["peak_mib"]),
+    ]
+    return [*what, *numbers, row["note"]]
+
+
+def _memory(row: Row) -> list[str]:
+    what = [row["model"], str(row["batch"]), row["dtype"], row["provider"]]
+    return [*what, _number(row["peak_mib"]), _number(row["kept_mib"]), _number(row["ready_s"])]
+
+
+def _peer(row: Row) -> list[str]:
+    what = [row["model"], str(row["img_size"]), str(row["batch"]), row["provider"]]
+    return [*what, _number(row["images_per_s"]), _ratio(row["ratio"]), _number(row["top1"]), row["source"]]
+
+
+_MODEL = (
+    [
+        "model",
+        "batch",
+        "precision",
+        "provider",
+        "ms",
+        "20th .. 80th percentile",
+        "images/s",
+        "over original",
+        "peak MiB",
+        "note",
+    ],
+    _model,
+)
+#: By section: the header, and what makes a line of a row.
+_LINES: dict[str, Any] = {
+    "tests": (["tests", "passed", "failed", "skipped", "note"], _tests),
+    "accuracy": (
+        [
+            "operation",
+            "precision",
+            "backend",
+            "checks",
+            "failed",
+            "error",
+            "PyTorch's own",
+            "of what is allowed",
+            "worst",
+        ],
+        _accuracy,
+    ),
+    "calibration": (
+        ["operation", "shape", "dtype", "mode", "us", "20th .. 80th percentile", "GB/s", "GFLOP/s"],
+        _calibration,
+    ),
+    "kernels": (
+        [
+            "operation",
+            "shape",
+            "dtype",
+            "mode",
+            "provider",
+            "us",
+            "20th .. 80th percentile",
+            "over PyTorch",
+            "GB/s",
+            "GFLOP/s",
+            "note",
+        ],
+        _kernel,
+    ),
+    "inference": _MODEL,
+    "training": _MODEL,
+    "memory": (
+        ["model", "batch", "precision", "provider", "peak MiB of a call", "MiB kept", "s to the first result"],
+        _memory,
+    ),
+    "peers": (["network", "pixels", "batch", "provider", "images/s", "over DeiT-S", "top-1", "accuracy from"], _peer),
+}
