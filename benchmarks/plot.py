@@ -1,4 +1,4 @@
-"""Figures of result files alone: ``python -m benchmarks.plot results/<device>/<file>.json [FOLDER or IMAGE.png] [--figure ratios]``.
+"""Figures of result files alone: ``python -m benchmarks.plot results/<device>/<file>.json [FOLDER or IMAGE.png] [--figure roofline]``.
 
 A folder gets every figure that the file has data for; an image one of them.
 """
@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ Data = dict[str, Any]
 Row = dict[str, Any]
 
 
-def plot(data: Data, path: Path, mode: str = "inference", dtype: str = "float32") -> None:
+def plot(data: Data, path: Path, mode: str = "inference", dtype: str | None = None) -> None:
     """Write the bars of :func:`ratios`.
 
     Raises:
@@ -33,11 +34,16 @@ def plot(data: Data, path: Path, mode: str = "inference", dtype: str = "float32"
     _write(ratios(data, mode, dtype), path)
 
 
-def ratios(data: Data, mode: str = "inference", dtype: str = "float32") -> Any:
-    """The ratios of one mode and dtype: a group of bars an operation and shape, or a model and batch; a line at 1."""
-    rows = [row for row in data["rows"] if (row["mode"], row.get("dtype")) == (mode, dtype)]
+def ratios(data: Data, mode: str = "inference", dtype: str | None = None, of: str | None = None) -> Any:
+    """The ratios of one mode and dtype (the file's first): a group of bars an operation and shape, or a model and batch; a line at 1.
+
+    ``of``: ``model`` or ``op`` for rows of whole models or of operations alone.
+    """
+    rows = [row for row in data["rows"] if row["mode"] == mode and (of is None or of in row)]
     rows = [row for row in rows if row.get("section") not in ("peers", "calibration", "memory")]
     rows = [row for row in rows if row.get("ratio") is not None and row["provider"] != _baseline(row)]
+    dtype = dtype or (rows[0]["dtype"] if rows else "any")
+    rows = [row for row in rows if row["dtype"] == dtype]
     if not rows:
         raise ValueError(f"no ratios for mode {mode} and dtype {dtype} in this file")
     subjects = list(dict.fromkeys(map(_subject, rows)))
@@ -167,7 +173,10 @@ def latency(data: Data) -> Any:
 
 FIGURES: dict[str, Callable[[Data], Any]] = {
     "accuracy": accuracy,
-    "ratios": ratios,
+    "models": partial(ratios, of="model"),
+    "models-training": partial(ratios, mode="training", of="model"),
+    "operations": partial(ratios, of="op"),
+    "operations-training": partial(ratios, mode="training", of="op"),
     "roofline": roofline,
     "memory": memory,
     "latency": latency,
@@ -246,18 +255,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.plot", description=__doc__)
     parser.add_argument("results", type=Path)
     parser.add_argument("target", type=Path, help="a folder for every figure; or a PNG, PDF or SVG file for one")
-    parser.add_argument("--figure", choices=FIGURES, default="ratios", help="of a file")
-    parser.add_argument("--mode", default="inference", help="of the ratios")
-    parser.add_argument("--dtype", default="float32", help="of the ratios")
+    parser.add_argument("--figure", choices=FIGURES, help="for a file; by default every ratio of --mode and --dtype")
+    parser.add_argument("--mode", default="inference")
+    parser.add_argument("--dtype", help="by default the first of the file")
     options = parser.parse_args(arguments)
     data = load(options.results)
     if not options.target.suffix:
         for path in write_figures(data, options.target).values():
             print(path)
-    elif options.figure == "ratios":
-        plot(data, options.target, options.mode, options.dtype)
-    else:
+    elif options.figure:
         _write(FIGURES[options.figure](data), options.target)
+    else:
+        plot(data, options.target, options.mode, options.dtype)
     return 0
 
 

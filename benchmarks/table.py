@@ -30,7 +30,7 @@ def tables(data: dict[str, Any], path: str) -> str:
     Raises:
         ValueError: if the file holds no whole models.
     """
-    rows = [row for row in data["rows"] if "model" in row]
+    rows = _models(data)
     if not rows:
         raise ValueError(f"{path} holds no rows of whole models: make one with python -m benchmarks.models")
     facts = data["machine"]
@@ -54,6 +54,18 @@ def tables(data: dict[str, Any], path: str) -> str:
         if notes:
             blocks.append("No time: " + "; ".join(notes) + ".")
     return "\n\n".join(blocks) + "\n"
+
+
+def _models(data: dict[str, Any]) -> list[Row]:
+    """The rows of whole models; of a report with the memory that its own section measured."""
+    rows = [row for row in data["rows"] if "model" in row and row.get("section") in (None, "inference", "training")]
+    memory = {_whole(row): row for row in data["rows"] if row.get("section") == "memory"}
+    fields = ("peak_mib", "kept_mib", "ready_s")
+    return [row | {name: memory.get(_whole(row), row).get(name) for name in fields} for row in rows]
+
+
+def _whole(row: Row) -> tuple[Any, ...]:
+    return (*_setting(row), row["mode"], row["provider"])
 
 
 _READY = "Seconds from a loaded model to the first result (packing, compiling or exporting, and one call):"

@@ -30,7 +30,8 @@ def plan(settings: Settings) -> Iterator[Measurement]:
     if settings.gpu:
         yield Measurement("launch", partial(_rows, settings, "launch", _launches(settings)), 4.0)
     batch = 64 if settings.gpu else 1
-    for shape in stage_shapes(settings.variants[0], batch, settings.img_size):
+    stages = stage_shapes(settings.variants[0], batch, settings.img_size)
+    for shape in stages[:1] if settings.quick else stages:
         for op, operation in OPERATIONS.items():
             calls = partial(operation, shape, make)
             yield Measurement(f"{op} {shape.name}", partial(_rows, settings, op, calls), 4 * settings.seconds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
@@ -12,6 +13,7 @@ from benchmarks.report.settings import Settings
 from cmt_fast.models.variants import VARIANTS
 from cmt_fast.testing.benchmark import bench
 from cmt_fast.testing.fresh import measure_fresh
+from cmt_fast.testing.original_code import FOLDER_VARIABLE
 from cmt_fast.testing.precision import precision
 from cmt_fast.testing.providers import BASELINE, PROVIDERS
 
@@ -24,7 +26,7 @@ INFERENCE = (
     "optimize",
     *(name for name in PROVIDERS if name not in (BASELINE, "optimize", "original-freezing-max-autotune")),
 )
-TRAINING = ("auto", "reference", "compile", "original-compile")
+TRAINING = ("auto", "reference", "original-code", "compile", "original-compile")
 
 
 def plan(settings: Settings, mode: str) -> Iterator[Measurement]:
@@ -36,6 +38,8 @@ def plan(settings: Settings, mode: str) -> Iterator[Measurement]:
         for batch in (settings.batches if mode == "inference" else _training_batches(settings))
     ]
     providers = INFERENCE if mode == "inference" else TRAINING
+    if not os.environ.get(FOLDER_VARIABLE):
+        providers = tuple(name for name in providers if name != "original-code")
     if settings.quick:
         providers = providers[:2]
     for slow in (False, True):
@@ -63,7 +67,7 @@ def _expected(provider: str) -> float | None:
 def _rows(
     settings: Settings, variant: str, batch: int, dtype: str, provider: str, mode: str
 ) -> Iterator[dict[str, Any]]:
-    """The provider's row, with the time of the baseline that took turns with it."""
+    """The baseline's row, and the provider's with the time of the baseline that took turns with it."""
     base, row = bench(
         [variant],
         [BASELINE, provider],
@@ -78,6 +82,7 @@ def _rows(
         raise AssertionError(row.note)
     if row.median_ms is None:
         raise RuntimeError(row.note)
+    yield asdict(base)
     yield asdict(row) | dict(base_ms=base.median_ms, base_peak_mib=base.peak_mib)
 
 

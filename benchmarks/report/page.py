@@ -14,7 +14,10 @@ Row = dict[str, Any]
 
 CAPTIONS = {
     "accuracy": "Published accuracy against measured images a second",
-    "ratios": "How many times as fast as the baseline",
+    "models": "Whole models in inference: how many times as fast as the original's order of operations",
+    "models-training": "Whole models in training: how many times as fast as the original's order of operations",
+    "operations": "Steps in inference: how many times as fast as plain PyTorch",
+    "operations-training": "Operations with their gradients: how many times as fast as plain PyTorch",
     "roofline": "Operations and steps under what the machine does at best",
     "memory": "Peak memory of a call",
     "latency": "Time an image over the batch",

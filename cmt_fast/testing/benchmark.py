@@ -44,6 +44,7 @@ class Row:
         kept_mib, ready_s: what the provider holds between calls beyond the loaded model, in MiB, and seconds from the loaded
             model to the first result; only where :mod:`cmt_fast.testing.fresh` measured them.
         runs: calls measured.
+        samples_ms: milliseconds a batch of each sample.
         note: why there is no number.
     """
 
@@ -62,6 +63,7 @@ class Row:
     kept_mib: float | None = None
     ready_s: float | None = None
     runs: int | None = None
+    samples_ms: tuple[float, ...] = ()
     note: str = ""
 
 
@@ -217,6 +219,7 @@ class _Subject:
             p20_ms=t.p20 * 1e3,
             p80_ms=t.p80 * 1e3,
             runs=t.runs,
+            samples_ms=tuple(float(f"{sample * 1e3:.5g}") for sample in t.samples),
             images_per_s=batch / t.median,
             ratio=base.median / t.median if base else None,
             peak_mib=None if entry.peak is None else entry.peak / 2**20,

@@ -1,0 +1,312 @@
+"""The report: a budget, runs that are cut off and taken up again, pages and comparisons of the file alone."""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def module(monkeypatch):
+    """A module of ``benchmarks/``, which is not part of the package."""
+    monkeypatch.syspath_prepend(ROOT)
+    return lambda name: importlib.import_module(f"benchmarks.{name}")
+
+
+class Clock:
+    """Time that passes only when a measurement says so."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def parts(module, tmp_path):
+    """A report of made-up measurements; which ones ran."""
+    measurement, store = module("report.measurement"), module("store")
+    clock, ran = Clock(), []
+
+    def section(title, names, share=1.0, seconds=10.0, wrong=()):
+        def run(name):
+            ran.append(name)
+            clock.now += seconds
+            if name in wrong:
+                raise ValueError(f"{name} is wrong")
+            yield dict(op=name, provider="made up", mode="test", value=len(ran))
+
+        def plan():
+            for name in names:
+                yield measurement.Measurement(name, lambda name=name: run(name), seconds)
+
+        return measurement.Section(title, plan, share)
+
+    def report():
+        return measurement.Report(store.ResultFile("cpu", tmp_path, "report"), lambda line: None, clock)
+
+    return section, report, ran, clock
+
+
+def test_a_run_within_its_budget_does_everything_once(parts):
+    section, report, ran, _ = parts
+    sections = {"a": section("A", ["a1", "a2"]), "b": section("B", ["b1"])}
+    assert report().run(sections, 1000.0)
+    assert ran == ["a1", "a2", "b1"]
+    again = report()
+    assert again.run(sections, 1000.0) and ran == ["a1", "a2", "b1"], "what is done is not done again"
+    assert [(row["section"], row["op"]) for row in again.results.data["rows"]] == [
+        ("a", "a1"),
+        ("a", "a2"),
+        ("b", "b1"),
+    ]
+
+
+def test_every_section_gets_its_share_before_any_gets_more(parts):
+    section, report, ran, clock = parts
+    sections = {"a": section("A", ["a1", "a2", "a3", "a4"]), "b": section("B", ["b1", "b2"], share=0.5)}
+    first = report()
+    assert not first.run(sections, 45.0)
+    assert ran == ["a1", "a2", "a3", "b1"], "30 s for a, 15 s for b"
+    assert clock.now <= 45.0
+    assert first.state["a"]["missing"] == ["a4"] and first.state["b"]["missing"] == ["b2"]
+    assert report().run(sections, 1000.0) and sorted(ran) == ["a1", "a2", "a3", "a4", "b1", "b2"]
+
+
+def test_what_fails_is_told_and_tried_again(parts):
+    section, report, ran, _ = parts
+    first = report()
+    assert first.run({"a": section("A", ["a1", "a2"], wrong=["a1"])}, 1000.0)
+    assert first.state["a"]["failed"] == {"a1": "ValueError: a1 is wrong"} and first.state["a"]["done"] == ["a2"]
+    second = report()
+    assert second.run({"a": section("A", ["a1", "a2"])}, 1000.0)
+    assert second.state["a"]["failed"] == {} and ran == ["a1", "a2", "a1"]
+
+
+def test_a_section_that_cannot_run_here_says_why(parts, module):
+    measurement = module("report.measurement")
+    _, report, _, _ = parts
+
+    def plan():
+        raise measurement.Unavailable("there is no such device")
+
+    only = report()
+    assert only.run({"a": measurement.Section("A", plan, 1.0)}, 10.0)
+    assert only.state["a"]["note"] == "there is no such device"
+
+
+def test_a_killed_run_loses_one_measurement(tmp_path):
+    """The real command, killed in the middle of a measurement and taken up again."""
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.report",
+        "--quick",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path),
+        "--only",
+        "calibration",
+    ]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in process.stdout:
+        if line.startswith("  matrix product:"):  # the second measurement is done, the third at work
+            process.send_signal(signal.SIGKILL)
+            break
+    process.wait(timeout=60)
+    (path,) = tmp_path.rglob("*.json")
+    before = json.loads(path.read_text())
+    done = before["sections"]["calibration"]["done"]
+    assert done[:2] == ["copy", "matrix product"] and before["sections"]["calibration"]["missing"]
+    resumed = subprocess.run([*command, "--resume"], cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    after = json.loads(path.read_text())
+    assert after["sections"]["calibration"]["missing"] == [] and list(tmp_path.rglob("*.json")) == [path]
+    assert after["rows"][: len(before["rows"])] == before["rows"], "measured again"
+    assert path.with_suffix("").joinpath("report.html").exists()
+
+
+def test_without_a_resume_a_run_has_its_own_file(module, tmp_path):
+    main = module("report.__main__")
+    settings = module("report.settings").default_settings(torch.device("cpu"), quick=True)
+    first = main._result_file(settings, tmp_path, resume=False)
+    first.add_all([])
+    second = main._result_file(settings, tmp_path, resume=False)
+    assert second.path != first.path
+    assert main._result_file(settings, tmp_path, resume=True).path == first.path
+
+
+# ---- what a GPU would be asked, without one --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def as_on_a_gpu(module):
+    """Settings of a GPU whose measurements run on this CPU. Nothing here writes into the folder of results."""
+    settings = module("report.settings")
+
+    class AsOnAGPU(settings.Settings):
+        gpu = True
+
+    quick = settings.default_settings(torch.device("cpu"), quick=True)
+    return AsOnAGPU(**vars(replace(quick, dtypes=("float32",))))
+
+
+def test_every_plan_of_a_gpu_can_be_made(module, monkeypatch):
+    settings = module("report.settings").default_settings(torch.device("cuda"))
+    sections = module("report.sections").sections(settings)
+    for name, section in sections.items():
+        if name == "memory":
+            with pytest.raises(module("report.measurement").Unavailable, match="their rows have it"):
+                list(section.plan())
+        else:
+            names = [m.name for m in section.plan()]
+            assert names and len(set(names)) == len(names), name
+    tests = [m.name for m in sections["tests"].plan()]
+    assert "tests/ops/test_lpu_gpu.py" in tests and "tests/ops/test_attention_gpu.py" in tests
+    peers = [m.name for m in sections["peers"].plan()]
+    assert "convnext_tiny batch 256 compile-channels-last" in peers and "cmt_s batch 1 optimize" in peers
+
+
+def test_the_measurements_of_a_gpu_run(module, as_on_a_gpu, monkeypatch):
+    """One of each kind, timed by nothing: every number is made up."""
+    sections = module("report.sections").sections(as_on_a_gpu)
+    from cmt_fast.testing import timing
+
+    def fake(fns, **options):
+        for fn in fns.values():
+            fn()
+        return {name: timing.Timing(1.0, 1.0, 1.0, 1, (1.0,)) for name in fns}
+
+    for user in ("run", "kernels", "report.peers"):
+        monkeypatch.setattr(module(user), "measure_interleaved", fake)
+    monkeypatch.setattr(module("report.calibration"), "measure", lambda fn, **_: fake({"": fn})[""])
+    monkeypatch.setattr("cmt_fast.testing.benchmark.measure_interleaved", fake)
+    monkeypatch.setattr(torch, "compile", lambda module, **_: module)
+    chosen = {
+        "calibration": ["copy", "matrix product", "attention (SDPA) cmt_ti/a"],
+        "kernels": ["packed lpu cmt_ti/d", "lpu cmt_ti/d training float32"],
+        "training": ["cmt_ti batch 128 float32 auto"],
+        "accuracy": ["depthwise_conv3x3 float32"],
+    }
+    for name, wanted in chosen.items():
+        plan = {m.name: m for m in sections[name].plan()}
+        for measurement in wanted:
+            if name != "training":  # batch 128 is for a GPU
+                rows = list(plan[measurement].run())
+                assert rows and all(row["mode"] for row in rows), measurement
+            else:
+                assert measurement in plan
+
+
+# ---- the page, and comparisons -----------------------------------------------------------------------------------------------
+
+
+def kernel(provider, us, ratio):
+    first = dict(
+        section="kernels", op="packed lpu", shape="cmt_s/a", provider=provider, dtype="float32", mode="inference"
+    )
+    return first | dict(
+        median_us=us, p20_us=us, p80_us=us, ratio=ratio, bytes=100, flops=50, gb_s=1.0, gflop_s=2.0, note=""
+    )
+
+
+def peer(model, provider, speed, top1):
+    first = dict(
+        section="peers", model=model, img_size=224, batch=1, provider=provider, dtype="float32", mode="inference"
+    )
+    return first | dict(images_per_s=speed, ratio=speed / 10, top1=top1, source="a paper", median_us=1.0)
+
+
+MADE_UP = {
+    "machine": dict(cpu="a CPU", cores=2, threads=1, torch="2", cmt_fast="0", commit="c0ffee", date="2026-01-01"),
+    "sections": {
+        "kernels": dict(
+            title="Operations",
+            done=["packed lpu"],
+            failed={"packed kv": "ValueError: wrong"},
+            missing=["packed head"],
+            note="",
+        ),
+        "peers": dict(title="Other networks", done=[], failed={}, missing=[], note="timm is not installed"),
+    },
+    "rows": [
+        kernel("reference", 10.0, 1.0),
+        kernel("native", 20.0, 0.5),
+        peer("deit_small_patch16_224", "eager", 10.0, 79.8),
+        peer("cmt_s", "original", 8.0, 83.5),
+        peer("cmt_s", "optimize", 16.0, 83.5),
+    ],
+}
+
+
+def test_the_page_tells_what_is_measured_and_what_is_not(module, tmp_path):
+    module("report.page").write_page(MADE_UP, tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "| packed lpu | cmt_s/a | float32 | inference | native | 20 | 20 .. 20 | 0.50x |" in text, (
+        "rows that lose stay"
+    )
+    assert "Failed: packed kv: ValueError: wrong" in text
+    assert "Not measured yet (1): packed head" in text
+    assert "Not here: timm is not installed" in text
+    if "matplotlib" in sys.modules or importlib.util.find_spec("matplotlib"):
+        assert {path.name for path in tmp_path.glob("*.png")} == {"accuracy.png", "operations.png", "roofline.png"}
+
+
+def test_a_page_without_matplotlib(module, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    module("report.page").write_page(MADE_UP, tmp_path)
+    assert "No figures: plots need matplotlib" in (tmp_path / "report.md").read_text()
+
+
+def test_what_became_slower_fails(module, tmp_path, capsys):
+    compare = module("compare")
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    old.write_text(json.dumps(MADE_UP))
+    changed = [row | {"ratio": row["ratio"] * (0.8 if row["provider"] == "native" else 1.0)} for row in MADE_UP["rows"]]
+    new.write_text(json.dumps(MADE_UP | {"rows": changed}))
+    assert compare.main([str(old), str(new)]) == 0
+    assert compare.main([str(old), str(new), "--fail-if-slower", "0.25"]) == 0
+    assert module("report.__main__").main(["--compare", str(old), str(new), "--fail-if-slower", "0.1"]) == 1
+    out = capsys.readouterr().out
+    assert "-20.0%     0.50x ->    0.40x  kernels packed lpu cmt_s/a native float32 inference" in out
+    assert "1 of 3 are slower by more than 10%" in out
+    new.write_text(json.dumps(MADE_UP | {"machine": MADE_UP["machine"] | {"cpu": "another"}}))
+    with pytest.raises(ValueError, match="of two devices, a CPU and another"):
+        compare.main([str(old), str(new)])
+
+
+def test_it_runs_with_nothing_but_torch_timm_and_pytest(tmp_path):
+    """As on a borrowed machine: no rich, typer, matplotlib, scikit-learn, safetensors or onnx."""
+    blocked = ("rich", "typer", "matplotlib", "sklearn", "safetensors", "onnx", "onnxscript", "onnxruntime")
+    code = f"import sys; sys.modules.update(dict.fromkeys({blocked}, None)); from benchmarks.report.__main__ import main; sys.exit(main())"
+    options = [
+        "--quick",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path),
+        "--only",
+        "inference",
+        "peers",
+        "memory",
+        "--budget",
+        "1e-9",
+    ]
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", code, *options], cwd=ROOT, capture_output=True, text=True, timeout=200, env=os.environ
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "not finished" in done.stdout and time.monotonic() - start < 200
