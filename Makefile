@@ -6,6 +6,7 @@ VENV_LATEST := .venv-latest
 TORCH_LATEST := 2.13.0
 TORCHVISION_LATEST := 0.28.0
 PYTEST_ARGS ?=
+REPORT_ARGS ?=
 # Tests are given out to processes, one a core: what a test leaves behind in a process must not matter to any other.
 PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
@@ -13,7 +14,7 @@ PIP_QUIET := -qq --disable-pip-version-check
 SOURCES := $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-latest sanitize lint bench clean
+.PHONY: help setup demo test test-latest sanitize lint bench report clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +41,9 @@ lint: $(VENV)/.installed ## ruff (rules and format) and mypy
 
 bench: $(VENV)/.installed ## cmt_s against the original's order of operations, on this machine
 	$(VENV)/bin/cmt-fast bench
+
+report: $(VENV)/.installed ## measure this machine: tests, errors, kernels, whole models, other networks; REPORT_ARGS='--budget 600'
+	$(VENV)/bin/python -m benchmarks.report $(REPORT_ARGS)
 
 clean: ## remove what was built and written; the environments stay (rm -r .venv* removes them)
 	rm -rf build dist *.egg-info cmt_fast/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks demo-report

@@ -24,7 +24,6 @@ from benchmarks.report.sections import sections
 from benchmarks.report.settings import Settings, default_settings
 from benchmarks.run import QUICK_RESULTS
 from benchmarks.store import RESULTS, ResultFile, load
-from cmt_fast.testing.original_code import FOLDER_VARIABLE
 from cmt_fast.training.config import find_device
 
 
@@ -35,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.compare:
         return compare_files(*options.compare, options.fail_if_slower)
     if options.original:
-        os.environ[FOLDER_VARIABLE] = str(options.original)
+        os.environ["CMT_FAST_ORIGINAL"] = str(options.original)
     if options.threads:
         torch.set_num_threads(options.threads)
     settings = default_settings(find_device(options.device), quick=options.quick, seconds=options.seconds)

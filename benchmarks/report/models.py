@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
@@ -13,7 +12,7 @@ from benchmarks.report.settings import Settings
 from cmt_fast.models.variants import VARIANTS
 from cmt_fast.testing.benchmark import bench
 from cmt_fast.testing.fresh import measure_fresh
-from cmt_fast.testing.original_code import FOLDER_VARIABLE
+from cmt_fast.testing.original_code import original_folder
 from cmt_fast.testing.precision import precision
 from cmt_fast.testing.providers import BASELINE, PROVIDERS
 
@@ -38,7 +37,7 @@ def plan(settings: Settings, mode: str) -> Iterator[Measurement]:
         for batch in (settings.batches if mode == "inference" else _training_batches(settings))
     ]
     providers = INFERENCE if mode == "inference" else TRAINING
-    if not os.environ.get(FOLDER_VARIABLE):
+    if not original_folder():
         providers = tuple(name for name in providers if name != "original-code")
     if settings.quick:
         providers = providers[:2]

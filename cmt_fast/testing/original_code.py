@@ -14,22 +14,24 @@ from torch import nn
 from cmt_fast.models.cmt import CMT
 from cmt_fast.models.config import read_config
 
-#: Environment variable: the folder of the original's ``cmt.py``.
-FOLDER_VARIABLE = "CMT_FAST_ORIGINAL"
+
+def original_folder() -> str | None:
+    """Of the original's ``cmt.py``, where the user says that there is one."""
+    return os.environ.get("CMT_FAST_ORIGINAL")
 
 
 def load_original() -> ModuleType:
     """Its module ``cmt``.
 
     Raises:
-        FileNotFoundError: if the variable is not set, or its folder has no ``cmt.py``.
+        FileNotFoundError: if ``CMT_FAST_ORIGINAL`` is not set, or its folder has no ``cmt.py``.
         ImportError: without timm, which the original needs.
     """
-    folder = os.environ.get(FOLDER_VARIABLE)
+    folder = original_folder()
     path = Path(folder or "", "cmt.py")
     if not folder or not path.is_file():
         raise FileNotFoundError(
-            f"{FOLDER_VARIABLE} must name the folder of the original's cmt.py, got {folder or 'nothing'}: "
+            f"CMT_FAST_ORIGINAL must name the folder of the original's cmt.py, got {folder or 'nothing'}: "
             "git clone https://github.com/ggjy/CMT.pytorch"
         )
     spec = importlib.util.spec_from_file_location("original_cmt", path)

@@ -4,17 +4,15 @@ The original is not part of this repository: point CMT_FAST_ORIGINAL at a checko
 Without one these tests are skipped, and the golden files (tests/golden) stand for it.
 """
 
-import os
-
 import pytest
 import torch
 
 import cmt_fast
 from cmt_fast.models.variants import VARIANTS
-from cmt_fast.testing.original_code import FOLDER_VARIABLE, load_original, original_model
+from cmt_fast.testing.original_code import load_original, original_folder, original_model
 
 pytestmark = pytest.mark.skipif(
-    not os.environ.get(FOLDER_VARIABLE), reason=f"{FOLDER_VARIABLE} does not name a checkout of the original code"
+    not original_folder(), reason="CMT_FAST_ORIGINAL does not name a checkout of the original code"
 )
 
 

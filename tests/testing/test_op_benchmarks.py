@@ -72,7 +72,7 @@ def test_a_plot_of_ratios(benchmarks, tmp_path):
     path = tmp_path / "ratios.png"
     benchmarks["plot"].plot(data, path)
     assert path.read_bytes().startswith(b"\x89PNG") and list(tmp_path.iterdir()) == [path]
-    with pytest.raises(ValueError, match="no ratios for mode training and dtype float32"):
+    with pytest.raises(ValueError, match="no ratios for mode training"):
         benchmarks["plot"].plot(data, path, mode="training")
 
 
