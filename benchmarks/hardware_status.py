@@ -100,14 +100,18 @@ def result_files(root: Path = RESULTS) -> list[tuple[str, dict[str, Any]]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the page, or write it; returns 1 if it was not up to date and is not written."""
     parser = argparse.ArgumentParser("python -m benchmarks.hardware_status", description=__doc__)
-    parser.add_argument("--write", action="store_true", help=f"write docs/{PAGE.name}; else say whether it is up to date")
+    parser.add_argument(
+        "--write", action="store_true", help=f"write docs/{PAGE.name}; else say whether it is up to date"
+    )
     options = parser.parse_args(arguments)
     old = PAGE.read_text(encoding="utf-8")
     new = update(old, result_files())
     if options.write:
         PAGE.write_text(new, encoding="utf-8")
     closed, lines = (len(re.findall(pattern, new, re.MULTILINE)) for pattern in (r"^- \[x\]", r"^- \[[ x]\]"))
-    print(f"{closed} of {lines} lines are closed; {'written' if options.write else 'up to date' if old == new else 'NOT up to date'}")
+    print(
+        f"{closed} of {lines} lines are closed; {'written' if options.write else 'up to date' if old == new else 'NOT up to date'}"
+    )
     return int(old != new and not options.write)
 
 

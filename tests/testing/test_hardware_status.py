@@ -33,17 +33,25 @@ def status(monkeypatch):
 
 def test_lines_are_closed_by_what_their_commands_make(status):
     new = status.update(PAGE, [("h100/a.json", dict(machine=MACHINE, rows=[TESTS, STEP, STEP | dict(of_copy=0.9)]))])
-    assert f"- [x] LPU kernel: `pytest -m gpu tests/ops/test_lpu_gpu.py` (verified on {SEEN}: 48 passed, 0 failed)" in new
+    assert (
+        f"- [x] LPU kernel: `pytest -m gpu tests/ops/test_lpu_gpu.py` (verified on {SEEN}: 48 passed, 0 failed)" in new
+    )
     assert f"and `--variant cmt_b` (verified on {SEEN}: 81% to 90% of copy bandwidth)" in new
     assert "- [ ] both:" in new and "- [ ] nccl: `torchrun ...`\n\n## CPU" in new
-    assert status.update(new, [("h100/a.json", dict(machine=MACHINE, rows=[TESTS, STEP, STEP | dict(of_copy=0.9)]))]) == new
+    assert (
+        status.update(new, [("h100/a.json", dict(machine=MACHINE, rows=[TESTS, STEP, STEP | dict(of_copy=0.9)]))])
+        == new
+    )
 
 
 def test_a_failure_opens_a_line_again(status):
     good = ("h100/a.json", dict(machine=MACHINE, rows=[TESTS]))
     bad = ("h100/b.json", dict(machine=MACHINE | dict(commit="bad"), rows=[TESTS | dict(failed=2)]))
     page = status.update(status.update(PAGE, [good]), [good, bad])
-    assert "- [ ] LPU kernel: `pytest -m gpu tests/ops/test_lpu_gpu.py` (failed on An H100, 2026-12-01, bad, h100/b.json: 48 passed, 2 failed)" in page
+    assert (
+        "- [ ] LPU kernel: `pytest -m gpu tests/ops/test_lpu_gpu.py` (failed on An H100, 2026-12-01, bad, h100/b.json: 48 passed, 2 failed)"
+        in page
+    )
     wrong = STEP | dict(median_us=None, note="wrong output")
     assert "(failed on An H100, 2026-12-01, c0ffee, h100/a.json: wrong output)" in status.update(
         PAGE, [("h100/a.json", dict(machine=MACHINE, rows=[wrong]))]
