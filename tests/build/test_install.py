@@ -142,7 +142,7 @@ def test_source_distribution(source):
     assert {"csrc/cpu/depthwise_inner.h", "csrc/register.cpp", "setup.py", "LICENSE", "constraints.txt"} <= names
 
 
-VERBS = ("setup", "demo", "test", "test-latest", "sanitize", "lint", "bench", "clean")
+VERBS = ("setup", "demo", "test", "test-latest", "sanitize", "lint", "bench", "report", "clean")
 
 
 @pytest.fixture
