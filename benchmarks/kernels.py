@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +26,12 @@ from cmt_fast.inference.torch_steps import TORCH
 from cmt_fast.inference.triton_steps import TRITON
 from cmt_fast.models.variants import VARIANTS
 from cmt_fast.testing.packed_attention import AttentionCall, attention_call
-from cmt_fast.testing.packed_lpu import lpu_call
+from cmt_fast.testing.packed_steps import STEPS, judge, tensors_of
 from cmt_fast.testing.precision import precision
 from cmt_fast.testing.shapes import StageShape, stage_shapes
 from cmt_fast.testing.timing import Timing, measure_interleaved
-from cmt_fast.testing.tolerance import compare
 from cmt_fast.training.config import find_device
 
-#: By name: from a stage, a dtype and a device to a call with ``run(functions)`` and ``double()``. A new step is one line.
-STEPS: dict[str, Callable[[StageShape, torch.dtype, torch.device], Any]] = {
-    "lpu": lambda shape, dtype, device: lpu_call(shape, dtype, device=device),
-    "attention": lambda shape, dtype, device: attention_call(  # in the form that pack() chooses
-        shape, dtype, absorbed=shape.name[-1] in "ab", device=device
-    ),
-}
 #: By name of a step: the same in plain operations on widths that are not padded, as a model without a packed program has it.
 CHAINS: dict[str, Callable[[StageShape, torch.dtype, torch.device], AttentionChain]] = {
     "attention": lambda shape, dtype, device: AttentionChain(
@@ -136,8 +128,7 @@ class AttentionChain:
 
 def wrong(call: Any, actual: object) -> str:
     """How a result departs from float64 by more than the policy allows; empty if it does not."""
-    triples = zip(_tensors(actual), _tensors(call.double().run(TORCH)), _tensors(call.run(TORCH)))
-    comparisons = [compare(f"output {i}", *triple) for i, triple in enumerate(triples)]
+    comparisons = judge(actual, call.double().run(TORCH), call.run(TORCH))
     return "; ".join(f"wrong {c}" for c in comparisons if not c.passed)
 
 
@@ -146,20 +137,11 @@ def _insist(call: Any) -> object:
         return call.run(TRITON)
 
 
-def _tensors(x: object) -> list[Tensor]:
-    """All tensors in tuples and dataclasses."""
-    if isinstance(x, Tensor):
-        return [x]
-    if is_dataclass(x):
-        return [t for field in fields(x) for t in _tensors(getattr(x, field.name))]
-    return [t for part in x for t in _tensors(part)] if isinstance(x, (tuple, list)) else []
-
-
 def _bytes(x: object) -> int:
     """Of all tensors but the weight of the keys and values, which come multiplied already."""
     if isinstance(x, AttentionCall):
         return _bytes((x.step, x.y, x.keys_values, x.table))
-    return sum(t.nbytes for t in _tensors(x))
+    return sum(t.nbytes for t in tensors_of(x))
 
 
 def _ratio(base: Timing | None, t: Timing | None) -> float | None:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from cmt_fast._version import __version__
-from cmt_fast.cli import bench, demo, export, info, predict, train, verify
+from cmt_fast.cli import bench, demo, export, info, predict, train, tune, verify
 
 app = typer.Typer(
     name="cmt-fast",
@@ -16,7 +16,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (info.info, verify.verify, bench.bench, predict.predict, export.export, train.train, demo.demo):
+COMMANDS = (
+    info.info,
+    verify.verify,
+    bench.bench,
+    tune.tune,
+    predict.predict,
+    export.export,
+    train.train,
+    demo.demo,
+)
+for command in COMMANDS:
     app.command()(command)
 
 

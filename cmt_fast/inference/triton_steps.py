@@ -50,17 +50,15 @@ TRITON = StepFunctions(lpu=lpu, attention=attention)
 
 
 def align_tables(packed: PackedModel) -> PackedModel:
-    """The same program, the rows of its position bias tables a multiple of 16 elements apart: kernels read them in whole vectors.
-
-    Each table becomes a view of a longer one.
-    """
-
-    def aligned(table: Tensor) -> Tensor:
-        keys = table.shape[-1]
-        return F.pad(table, (0, round_up(keys, 16) - keys))[..., :keys]
-
-    stages = tuple(dataclasses.replace(stage, table=aligned(stage.table)) for stage in packed.stages)
+    """The same program with :func:`align_table` of its position bias tables."""
+    stages = tuple(dataclasses.replace(stage, table=align_table(stage.table)) for stage in packed.stages)
     return dataclasses.replace(packed, stages=stages)
+
+
+def align_table(table: Tensor) -> Tensor:
+    """A position bias table (h, N, M) as a view of a longer one, rows a multiple of 16 elements apart: kernels read them in whole vectors."""
+    keys = table.shape[-1]
+    return F.pad(table, (0, round_up(keys, 16) - keys))[..., :keys]
 
 
 def _takes_triton(step: str, x: Tensor, reasons: Callable[[], list[str]]) -> bool:

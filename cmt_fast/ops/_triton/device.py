@@ -19,11 +19,13 @@ class DeviceLimits:
         arch: compute capability, 90 for 9.0.
         shared_memory: bytes that one program may use.
         multiprocessors: how many programs run at once at least.
+        name: of the GPU model, which measured configurations are looked up by; empty where there is no GPU.
     """
 
     arch: int
     shared_memory: int
     multiprocessors: int
+    name: str = ""
 
 
 #: The architectures that kernels are compiled for ahead of time, as the GPU named (CUDA C++ Programming Guide, "Technical
@@ -48,4 +50,4 @@ def _of_cuda(index: int) -> DeviceLimits:
     properties = torch.cuda.get_device_properties(index)
     arch = 10 * properties.major + properties.minor
     shared_memory = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
-    return DeviceLimits(arch, shared_memory, properties.multi_processor_count)
+    return DeviceLimits(arch, shared_memory, properties.multi_processor_count, properties.name)

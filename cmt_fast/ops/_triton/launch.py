@@ -7,7 +7,8 @@ checked, counted and run cannot differ.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,4 +51,20 @@ class Launch:
         """Launch on the current stream of the tensors' device (in Triton's interpreter: run)."""
         if interpreting():
             repair_interpreter()
+        if _record is not None:
+            _record.append(self)
         self.kernel[self.grid](**self.arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages)
+
+
+_record: list[Launch] | None = None
+
+
+@contextlib.contextmanager
+def record_launches() -> Iterator[list[Launch]]:
+    """The launches that run meanwhile in this process, in their order."""
+    global _record
+    previous, _record = _record, []
+    try:
+        yield _record
+    finally:
+        _record = previous

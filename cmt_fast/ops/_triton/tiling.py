@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import combinations
+from typing import Any, TypeVar
+
 from cmt_fast.ops._triton.device import DeviceLimits
+
+C = TypeVar("C")
 
 #: The least side of a tile that tensor cores multiply.
 LEAST_BLOCK = 16
@@ -25,3 +32,23 @@ def fill(rows: int, count: int, programs: int, limits: DeviceLimits) -> int:
     while rows > LEAST_BLOCK and -(-count // rows) * programs < limits.multiprocessors:
         rows //= 2
     return rows
+
+
+def around(size: int, least: int, most: int) -> list[int]:
+    """Half of ``size``, itself, twice as much, as far as they lie in ``least .. most``: values worth measuring beside a rule's."""
+    return [near for near in (size // 2, size, 2 * size) if least <= near <= most]
+
+
+def neighbours(config: C, **values: Iterable[Any]) -> Iterator[C]:
+    """The configurations that differ from ``config`` in one or two fields.
+
+    Args:
+        config: a dataclass.
+        values: that each field may have instead.
+    """
+    changes = [(name, value) for name, options in values.items() for value in options if value != getattr(config, name)]
+    for change in changes:
+        yield replace(config, **dict([change]))  # type: ignore[type-var]
+    for one, other in combinations(changes, 2):
+        if one[0] != other[0]:
+            yield replace(config, **dict([one, other]))  # type: ignore[type-var]

@@ -32,7 +32,7 @@ def attention_launch(
     out (B, N, h, d_v), contiguous."""
     b, h, n, d = q.shape
     m, dv = v.shape[2:]
-    config = attention_config(b, h, n, m, max(d, dv), is_exact(q.dtype), limits)
+    config = attention_config(b, h, n, m, max(d, dv), q.element_size(), is_exact(q.dtype), limits)
     layout = None if bias is None else table_layout(bias)
     tiles = -(-n // config.block_n)
     steps = -(-m // config.block_m)

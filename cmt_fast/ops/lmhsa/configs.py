@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 from cmt_fast.ops._triton.device import DeviceLimits
-from cmt_fast.ops._triton.tiling import LEAST_BLOCK, block, fill
+from cmt_fast.ops._triton.tiling import LEAST_BLOCK, around, block, fill, neighbours
+from cmt_fast.ops._triton.tunable import tunable
 
 #: Architectures whose tensor cores read operands from shared memory, not from registers: these have room for a larger tile.
 _OPERANDS_IN_SHARED_MEMORY = (90, 100)
@@ -34,7 +34,24 @@ class LinearConfig:
     num_stages: int
 
 
-@lru_cache
+def absorbed_candidates(
+    rule: FusedConfig,
+    images: int,
+    tokens: int,
+    keys: int,
+    width: int,
+    itemsize: int,
+    exact: bool,
+    limits: DeviceLimits,
+) -> Iterator[FusedConfig]:
+    """Other tiles that fit into shared memory; arguments as of :func:`absorbed_config`."""
+    for config in _fused_neighbours(rule, keys):
+        tile = config.block_m * block(width)
+        if _fits(config, width, [tile, tile], itemsize, limits):
+            yield config
+
+
+@tunable("cmt_fast.ops.lmhsa.triton_kernels:absorbed_attention_kernel", absorbed_candidates)
 def absorbed_config(
     images: int, tokens: int, keys: int, width: int, itemsize: int, exact: bool, limits: DeviceLimits
 ) -> FusedConfig | None:
@@ -58,12 +75,31 @@ def absorbed_config(
         for block_n in _halved(fill(most, tokens, images, limits)):
             tile = block_m * wide
             for num_stages in (1,) if keys <= block_m else (2, 1):
-                if _fits(block_n, wide, block_m, [tile, tile], num_stages, itemsize, limits):
-                    return FusedConfig(block_n, block_m, num_warps, num_stages)
+                config = FusedConfig(block_n, block_m, num_warps, num_stages)
+                if _fits(config, width, [tile, tile], itemsize, limits):
+                    return config
     return None
 
 
-@lru_cache
+def projected_candidates(
+    rule: FusedConfig,
+    images: int,
+    tokens: int,
+    keys: int,
+    width: int,
+    key_dim: int,
+    value_dim: int,
+    itemsize: int,
+    exact: bool,
+    limits: DeviceLimits,
+) -> Iterator[FusedConfig]:
+    """Other tiles that fit into shared memory; arguments as of :func:`projected_config`."""
+    for config in _fused_neighbours(rule, keys):
+        if _projected_fits(config, keys, width, key_dim, value_dim, itemsize, limits):
+            yield config
+
+
+@tunable("cmt_fast.ops.lmhsa.triton_kernels:projected_attention_kernel", projected_candidates)
 def projected_config(
     images: int,
     tokens: int,
@@ -80,23 +116,34 @@ def projected_config(
     These are better beyond 256 channels, where a tile of few tokens would read all weights again and again, and for exact
     float32 products, which spill here. Arguments as in :func:`absorbed_config`.
     """
-    wide = block(width)
-    if exact or wide > 256:
+    if exact or block(width) > 256:
         return None
     block_m = min(64, block(keys))
-    key, value = block(key_dim), block(value_dim)
     for block_n in _halved(fill(64 if itemsize == 2 else 32, tokens, images, limits)):
-        if keys <= block_m:
-            tiles, around = [wide * key, block_m * key, block_m * value, wide * value], 0
-        else:  # the innermost loop is that over keys
-            tiles, around = [block_m * key, block_m * value], wide * max(key, value) * itemsize
         for num_stages in (2, 1):
-            if _fits(block_n, wide, block_m, tiles, num_stages, itemsize, limits, around):
-                return FusedConfig(block_n, block_m, 8, num_stages)
+            config = FusedConfig(block_n, block_m, 8, num_stages)
+            if _projected_fits(config, keys, width, key_dim, value_dim, itemsize, limits):
+                return config
     return None
 
 
-@lru_cache
+def linear_candidates(
+    rule: LinearConfig, rows: int, width: int, out: int, itemsize: int, exact: bool, limits: DeviceLimits
+) -> Iterator[LinearConfig]:
+    """Other tiles that fit into shared memory; arguments as of :func:`linear_config`."""
+    for config in neighbours(
+        rule,
+        block_n=around(rule.block_n, LEAST_BLOCK, 256),
+        block_out=around(rule.block_out, LEAST_BLOCK, 256),
+        num_warps=(4, 8),
+        num_stages=(2, 3, 4),
+    ):
+        stage = (config.block_n + config.block_out) * config.block_c * itemsize
+        if config.num_stages * stage <= limits.shared_memory and config.block_n * config.block_out <= 1 << 15:
+            yield config
+
+
+@tunable("cmt_fast.ops.lmhsa.triton_kernels:linear_kernel", linear_candidates)
 def linear_config(rows: int, width: int, out: int, itemsize: int, exact: bool, limits: DeviceLimits) -> LinearConfig:
     """For :func:`linear_kernel`: small enough tiles for every architecture, smaller where the grid would not fill the device."""
     most = 64 if exact else 128
@@ -115,17 +162,33 @@ def _halved(size: int) -> Sequence[int]:
     return [size >> i for i in range(size.bit_length()) if size >> i >= LEAST_BLOCK]
 
 
+def _fused_neighbours(rule: FusedConfig, keys: int) -> Iterator[FusedConfig]:
+    return neighbours(
+        rule,
+        block_n=around(rule.block_n, LEAST_BLOCK, 256),
+        block_m=around(rule.block_m, LEAST_BLOCK, block(keys)),
+        num_warps=(4, 8),
+        num_stages=(1, 2),
+    )
+
+
+def _projected_fits(
+    config: FusedConfig, keys: int, width: int, key_dim: int, value_dim: int, itemsize: int, limits: DeviceLimits
+) -> bool:
+    wide, key, value = block(width), block(key_dim), block(value_dim)
+    tiles, outside = [config.block_m * key, config.block_m * value], 0
+    if keys <= config.block_m:
+        tiles += [wide * key, wide * value]
+    else:  # the innermost loop is that over keys
+        outside = wide * max(key, value) * itemsize
+    return _fits(config, width, tiles, itemsize, limits, outside)
+
+
 def _fits(
-    block_n: int,
-    wide: int,
-    block_m: int,
-    tiles: Sequence[int],
-    num_stages: int,
-    itemsize: int,
-    limits: DeviceLimits,
-    around: int = 0,
+    config: FusedConfig, width: int, tiles: Sequence[int], itemsize: int, limits: DeviceLimits, outside: int = 0
 ) -> bool:
     """Whether shared memory holds the normalised tokens, the logits (in float32: an upper bound), the largest of the loop's
-    tiles or, pipelined, all of them for each stage, and ``around`` bytes of what surrounds that loop."""
-    loop = max(tiles) if num_stages == 1 else num_stages * sum(tiles)
-    return (block_n * wide + loop) * itemsize + block_n * block_m * 4 + around <= limits.shared_memory
+    tiles or, pipelined, all of them for each stage, and ``outside`` bytes of what surrounds that loop."""
+    loop = max(tiles) if config.num_stages == 1 else config.num_stages * sum(tiles)
+    held = (config.block_n * block(width) + loop) * itemsize + config.block_n * config.block_m * 4
+    return held + outside <= limits.shared_memory

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 from cmt_fast.ops._triton.device import DeviceLimits
+from cmt_fast.ops._triton.tiling import around, neighbours
+from cmt_fast.ops._triton.tunable import tunable
 
 #: Elements of a tile that a thread holds: a pair of columns by 8 channels of 16 bits. Two unfinished rows of y, the next row of x and nine
 #: taps for them fill 215 to 240 registers, so a multiprocessor runs 8 warps.
@@ -44,15 +45,40 @@ def tile_reasons(x_shape: Sequence[int], k: int, norm: bool) -> list[str]:
     return reasons
 
 
-@lru_cache(maxsize=1024)
+def lpu_candidates(
+    rule: LPUConfig,
+    images: int,
+    height: int,
+    width: int,
+    channels: int,
+    k: int,
+    norm: bool,
+    itemsize: int,
+    limits: DeviceLimits,
+) -> Iterator[LPUConfig]:
+    """Other strips and tiles, of 2 to 32 elements a thread; arguments as of :func:`lpu_config`."""
+    every_channel = _power_of_two(channels)
+    for config in neighbours(
+        rule,
+        windows=around(rule.windows, 1, -(-height // k)),
+        pairs=around(rule.pairs, max(1, k // 2), MAX_TILE),
+        block_c=[every_channel] if norm else around(rule.block_c, 16, every_channel),
+        num_warps=(2, 4, 8),
+    ):
+        if 2 <= 2 * config.pairs * config.block_c / (32 * config.num_warps) <= 2 * ELEMENTS:
+            yield config
+
+
+@tunable("cmt_fast.ops.lpu.triton_kernels:lpu_kernel", lpu_candidates)
 def lpu_config(
-    images: int, height: int, width: int, channels: int, k: int, norm: bool, limits: DeviceLimits
+    images: int, height: int, width: int, channels: int, k: int, norm: bool, itemsize: int, limits: DeviceLimits
 ) -> LPUConfig:
     """The tile for maps (images, height, width, channels).
 
     Args:
         k: of the reduction; 1 for none.
         norm: whether a LayerNorm follows, for which a program needs all channels.
+        itemsize: bytes of an element of the maps; measured tiles may differ by it, the rule's do not.
         limits: of the device.
     """
     block_c = _power_of_two(channels) if norm else min(_power_of_two(channels), 64)

@@ -73,7 +73,7 @@ def _launch(
 ) -> Launch:
     images, height, width, c = x.shape
     norm = reduced is not None
-    config = lpu_config(images, height, width, c, k, norm, limits)
+    config = lpu_config(images, height, width, c, k, norm, x.element_size(), limits)
     strips = -(-height // (k * config.windows))
     tiles = -(-images * (-(-width // k) * k) // (2 * config.pairs)) * -(-c // config.block_c)
     windows = -(-height // k) / strips
