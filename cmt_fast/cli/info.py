@@ -25,6 +25,8 @@ from cmt_fast.models.complexity import MAC_KINDS, Layer, Totals, add, by_kind, b
 from cmt_fast.models.config import STAGES
 from cmt_fast.models.grids import Grid, image_size, stage_grids
 from cmt_fast.models.variants import VARIANTS
+from cmt_fast.ops._triton.device import device_limits
+from cmt_fast.ops._triton.tuned_tables import find_tables
 from cmt_fast.testing.results import machine
 
 #: Packages whose versions are shown if they are installed; none of them is imported.
@@ -122,6 +124,7 @@ def show_machine(facts: dict[str, Any]) -> None:
     table.add_row("memory", "unknown" if own["memory_gib"] is None else f"{own['memory_gib']} GiB")
     for gpu in own["gpus"]:
         table.add_row(f"GPU {gpu['index']}", f"{escape(gpu['name'])}, sm_{gpu['capability']}, {gpu['memory_gib']} GiB")
+        table.add_row("  tuned tiles", "\n".join(map(escape, gpu["tuned"])) or "none: every kernel follows its rule")
     if not own["gpus"]:
         table.add_row("GPU", "none visible to PyTorch")
     table.add_row("system", escape(own["os"]))
@@ -176,6 +179,7 @@ def _gpus() -> list[dict[str, Any]]:
                 "name": properties.name,
                 "capability": f"{properties.major}{properties.minor}",
                 "memory_gib": round(properties.total_memory / 2**30, 1),
+                "tuned": [str(table) for table in find_tables(device_limits(torch.device("cuda", index)))],
             }
         )
     return gpus

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -261,15 +260,5 @@ def _check(where: torch.device, limits: DeviceLimits) -> int:
             highlight=False,
         )
     for table in tables:
-        console.print(escape(table_state(table)), highlight=False)
+        console.print(escape(str(table)), highlight=False)
     return int(any(table.problem or table.stale_kernels() for table in tables))
-
-
-def table_state(table: Table) -> str:
-    """A table in a line, or some."""
-    path = os.fspath(table.path)
-    if table.problem:
-        return f"{path}: not used, it {table.problem}"
-    stale = [kernel.partition(":")[2] for kernel in table.stale_kernels()]
-    changed = f"; measured before these changed, so not used: {', '.join(stale)}" if stale else ""
-    return f"{path}: {table.launches()} launches in use{changed}"

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cmt_fast.models.grids import Grid, stage_grids
@@ -43,6 +44,14 @@ class Padding:
 def round_up(width: int, multiple: int) -> int:
     """The least multiple of ``multiple`` that is at least ``width``."""
     return -(-width // multiple) * multiple
+
+
+def align_rows(table: Tensor) -> Tensor:
+    """``table`` (h, N, M) as a view of a longer one, its rows a multiple of 16 elements apart: kernels read them in whole vectors."""
+    if table.stride(-1) == 1 and table.stride(-2) % 16 == 0:
+        return table
+    keys = table.shape[-1]
+    return F.pad(table, (0, round_up(keys, 16) - keys))[..., :keys]
 
 
 def _require(owner: object, sizes: Mapping[str, tuple[object, object]]) -> None:

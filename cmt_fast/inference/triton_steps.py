@@ -9,12 +9,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from cmt_fast.backend import select
 from cmt_fast.inference import program, torch_steps
-from cmt_fast.inference.program import PackedModel, round_up
+from cmt_fast.inference.program import PackedModel, align_rows
 from cmt_fast.inference.torch_steps import StepFunctions
 from cmt_fast.ops.lmhsa.reasons import absorbed_attention_reasons, projected_attention_reasons
 from cmt_fast.ops.lmhsa.schema import absorbed_attention_triton, projected_attention_triton
@@ -50,15 +49,9 @@ TRITON = StepFunctions(lpu=lpu, attention=attention)
 
 
 def align_tables(packed: PackedModel) -> PackedModel:
-    """The same program with :func:`align_table` of its position bias tables."""
-    stages = tuple(dataclasses.replace(stage, table=align_table(stage.table)) for stage in packed.stages)
+    """The same program, the rows of its position bias tables a multiple of 16 elements apart (:func:`align_rows`)."""
+    stages = tuple(dataclasses.replace(stage, table=align_rows(stage.table)) for stage in packed.stages)
     return dataclasses.replace(packed, stages=stages)
-
-
-def align_table(table: Tensor) -> Tensor:
-    """A position bias table (h, N, M) as a view of a longer one, rows a multiple of 16 elements apart: kernels read them in whole vectors."""
-    keys = table.shape[-1]
-    return F.pad(table, (0, round_up(keys, 16) - keys))[..., :keys]
 
 
 def _takes_triton(step: str, x: Tensor, reasons: Callable[[], list[str]]) -> bool:

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from cmt_fast.inference.program import align_rows
 from cmt_fast.inference.torch_steps import StepFunctions
-from cmt_fast.inference.triton_steps import align_table
 from cmt_fast.testing.packed_attention import AttentionCall, attention_call
 from cmt_fast.testing.packed_lpu import lpu_call
 from cmt_fast.testing.shapes import StageShape
@@ -29,8 +29,8 @@ class StepCall(Protocol):
 
 def attention(shape: StageShape, dtype: torch.dtype, device: torch.device) -> AttentionCall:
     """In the form that ``pack`` chooses, absorbed in stages a and b, and with the table as a program for a GPU has it."""
-    call = attention_call(shape, dtype, absorbed=shape.name[-1] in "ab", device=device)
-    return dataclasses.replace(call, table=align_table(call.table))
+    call = attention_call(shape, dtype, absorbed=shape.name[-1:] in ("a", "b"), device=device)
+    return dataclasses.replace(call, table=align_rows(call.table))
 
 
 #: From a stage, a dtype and a device to a call.

@@ -166,6 +166,11 @@ PROVIDERS: dict[str, Provider] = {
         lambda model, images, p: _optimized(model, p, "auto"),
         inference_only=True,
     ),
+    "optimize-triton": Provider(
+        "cmt_fast.optimize on Triton kernels",
+        lambda model, images, p: _optimized(model, p, "triton"),
+        inference_only=True,
+    ),
     "optimize-reference": Provider(
         "cmt_fast.optimize in plain PyTorch",
         lambda model, images, p: _optimized(model, p, "reference"),

@@ -15,12 +15,13 @@ from cmt_fast.backend import BACKENDS, BackendError, machine_reasons, use_backen
 from cmt_fast.models.cmt import CMT
 from cmt_fast.testing.inputs import Case, all_cases, in_double, strided_randn
 from cmt_fast.testing.original_order import OriginalOrder
+from cmt_fast.testing.packed_cases import PACKED_OPS, PackedCase, packed_cases
 from cmt_fast.testing.poison import poisoned_empty
 from cmt_fast.testing.precision import Precision, one_of, precision
 from cmt_fast.testing.tolerance import compare
 
-#: What can be verified: the operations of ``cmt_fast.functional`` and ``cmt``, the whole model.
-OPS = ("depthwise_conv3x3", "depthwise_reduce", "reduced_kv_attention", "lpu", "lmhsa", "irffn", "cmt")
+#: What can be verified: the operations of ``cmt_fast.functional``; ``cmt``, the whole model; steps of packed models, and these as a whole.
+OPS = ("depthwise_conv3x3", "depthwise_reduce", "reduced_kv_attention", "lpu", "lmhsa", "irffn", "cmt", *PACKED_OPS)
 DTYPES = ("float64", "float32", "bfloat16", "float16", "autocast-bfloat16", "autocast-float16")
 
 Results = dict[str, Tensor]
@@ -77,6 +78,8 @@ def verify(
     Operations are compared with their reference, whole models with the model on the reference backend; gradients are
     taken in training and in evaluation mode. Of a backend that has no gradients for a case the output is compared. ``float64`` checks that reference itself, once and for whole models: it must
     equal the original's operation order, which shares no code with the operations, to one rounding unit of float32.
+    Of packed models, which are for inference and know no autocast, the outputs are compared: of every step that has kernels with plain PyTorch's, of the
+    whole with the model's that was packed.
 
     Args:
         backends: names, by default :func:`default_backends`.
@@ -99,12 +102,15 @@ def verify(
     precisions = [precision(one_of("dtype", name, DTYPES)) for name in dtypes or DTYPES]
 
     checks: list[Check] = []
-    runs: list[tuple[Case, Precision, list[str]]] = []
+    runs: list[tuple[Case | PackedCase, Precision, list[str]]] = []
+    every_case: list[Case | PackedCase] = [*all_cases(quick), *packed_cases(quick)]
     for op in ops:
-        cases = [case for case in all_cases(quick) if case.op == op]
+        cases = [case for case in every_case if case.op == op]
         for p in precisions:
             if p.dtype is torch.float64 and op != "cmt":
                 continue  # an operation's reference is its specification
+            if p.autocast is not None and op in PACKED_OPS:
+                continue
             able = []
             for backend in backends:
                 if reasons := _reasons(backend, p, device):
@@ -114,11 +120,14 @@ def verify(
             runs += [(case, p, able) for case in cases if able]
     if not checks and not runs:
         raise ValueError(
-            f"nothing to verify: float64 compares whole models only, so it needs op 'cmt', got {', '.join(ops)}"
+            f"nothing to verify: float64 compares whole models only, so it needs op 'cmt', and autocast no packed model; got {', '.join(ops)}"
         )
     for done, (case, p, able) in enumerate(runs):
         if progress is not None:
             progress(done, len(runs), f"{case.op} {p.name}: {case.name}")
+        if isinstance(case, PackedCase):
+            checks += verify_packed(case, p, able, device)
+            continue
         for training in (True, False) if case.stateful else (True,):
             checks += verify_case(case, p, able, device, training)
     if progress is not None:
@@ -149,31 +158,64 @@ def verify_case(case: Case, p: Precision, backends: Sequence[str], device: torch
     module, inputs = case.instance(p, device)
     module.train(training)
     name = f"{case.name}, {'train' if training else 'eval'}" if case.stateful else case.name
+
+    def actual(backend: str) -> tuple[Results, bool]:
+        try:
+            return run(module, inputs, p, backend=backend), True
+        except BackendError:  # kernels for inference have an output to compare
+            return run(module, inputs, p, backend=backend, gradients=False), False
+
+    return _verify(case.op, name, p, backends, lambda: _expected(module, inputs, p), actual)
+
+
+def verify_packed(case: PackedCase, p: Precision, backends: Sequence[str], device: torch.device) -> list[Check]:
+    """The checks of one case of a packed model on several backends."""
+    subject = case.instance(p, device)
+    with torch.no_grad():
+        return _verify(
+            case.op,
+            case.name,
+            p,
+            backends,
+            lambda: (subject.exact(), subject.plain()),
+            lambda b: (subject.run(b), False),
+        )
+
+
+def _verify(
+    op: str,
+    name: str,
+    p: Precision,
+    backends: Sequence[str],
+    expected: Callable[[], tuple[Results, Results]],
+    actual: Callable[[str], tuple[Results, bool]],
+) -> list[Check]:
+    """The checks of what ``actual`` returns for a backend, and whether gradients are among it.
+
+    Args:
+        expected: the exact results, and those of plain PyTorch.
+    """
     with _strict_float32():
         try:
-            exact, plain = _expected(module, inputs, p)
+            exact, plain = expected()
         except RuntimeError as error:
             reason = f"plain PyTorch cannot run it: {_first_line(error)}"
-            return [_not_run(case.op, backend, p, name, reason, passed=None) for backend in backends]
+            return [_not_run(op, backend, p, name, reason, passed=None) for backend in backends]
         checks = []
         for backend in backends:
-            quantities = list(exact)
             try:
                 with poisoned_empty():
-                    try:
-                        actual = run(module, inputs, p, backend=backend)
-                    except BackendError:  # kernels for inference have an output to compare
-                        actual = run(module, inputs, p, backend=backend, gradients=False)
-                        quantities = [quantity for quantity in exact if not quantity.startswith("grad ")]
+                    results, gradients = actual(backend)
             except BackendError as error:
                 reason = str(error).partition(". Use backend=")[0]
-                checks.append(_not_run(case.op, backend, p, name, reason, passed=None))
+                checks.append(_not_run(op, backend, p, name, reason, passed=None))
             except Exception as error:
                 detail = f"raised {type(error).__name__}: {_first_line(error)}"
-                checks.append(_not_run(case.op, backend, p, name, detail, passed=False))
+                checks.append(_not_run(op, backend, p, name, detail, passed=False))
             else:
-                for quantity in quantities:
-                    checks.append(_check(case.op, backend, p, name, quantity, actual, exact, plain))
+                for quantity in exact:
+                    if gradients or not quantity.startswith("grad "):
+                        checks.append(_check(op, backend, p, name, quantity, results, exact, plain))
         return checks
 
 

@@ -90,7 +90,7 @@ def tune(
         shapes: of the stages, with their batch.
         dtypes: of the maps.
         device: a CUDA device; or, in Triton's interpreter, the CPU, whose times mean nothing.
-        table: of the device; what it has is not measured again.
+        table: of the device; what it has from as many candidates is not measured again.
         write: the table to its file, after every launch. Its folder must exist.
         seconds: to spend on a candidate, roughly.
         most: candidates of a launch at most, the first ones.
@@ -122,7 +122,7 @@ def tune(
             step = _Step(STEPS[name](shape, dtype, device), device, seconds)
             try:
                 queries = step.queries()
-                fresh = [q for q in queries if again or q.key not in table.entries(q.tunable.kernel)]
+                fresh = [q for q in queries if again or not _known(q, table, most)]
                 if fresh:
                     step.require_right()
             except torch.AcceleratorError:  # nothing runs on the device after that
@@ -140,6 +140,12 @@ def tune(
         progress(len(tasks), len(tasks), "done")
     read_tables_again()
     return rows
+
+
+def _known(query: Query, table: Table, most: int | None) -> bool:
+    """Whether the table's entry comes from as many candidates as would be tried now."""
+    entry = table.entries(query.tunable.kernel).get(query.key)
+    return entry is not None and entry.get("tried", 0) >= len(query.candidates()[:most])
 
 
 def _row(where: tuple[str, str, str], query: Query, table: Table, earlier: bool) -> Row:
@@ -201,6 +207,7 @@ class _Step:
             "rule": asdict(query.rule()),
             "rule_us": of_rule.median * 1e6,
             "best_us": of_best.median * 1e6,
+            "tried": len(candidates),
             "measured": len(configs),
             "failed": failed,
             "wrong": wrong,

@@ -48,6 +48,14 @@ class Table:
     data: dict[str, Any] = field(default_factory=dict)
     problem: str | None = None
 
+    def __str__(self) -> str:
+        """Whether and how far it is used, in a line."""
+        if self.problem:
+            return f"{self.path}: not used, it {self.problem}"
+        stale = [kernel.partition(":")[2] for kernel in self.stale_kernels()]
+        changed = f"; measured before these changed, so not used: {', '.join(stale)}" if stale else ""
+        return f"{self.path}: {self.launches()} launches in use{changed}"
+
     def entries(self, kernel: str) -> dict[str, dict[str, Any]]:
         """What was measured of a kernel, by key; nothing if it has changed since."""
         of_kernel = self.data.get("kernels", {}).get(kernel)
