@@ -143,9 +143,11 @@ def tune(
 
 
 def _known(query: Query, table: Table, most: int | None) -> bool:
-    """Whether the table's entry comes from as many candidates as would be tried now."""
+    """Whether the table has an entry that can be used, from as many candidates as would be tried now."""
     entry = table.entries(query.tunable.kernel).get(query.key)
-    return entry is not None and entry.get("tried", 0) >= len(query.candidates()[:most])
+    if entry is None or (entry["config"] is not None and query.named(entry["config"]) is None):
+        return False
+    return entry.get("tried", 0) >= len(query.candidates()[:most])
 
 
 def _row(where: tuple[str, str, str], query: Query, table: Table, earlier: bool) -> Row:

@@ -17,6 +17,9 @@ from cmt_fast.cli.console import console
 from cmt_fast.models.checkpoint import CheckpointError, save_checkpoint
 from cmt_fast.models.complexity import layers, total
 from cmt_fast.models.variants import VARIANTS
+from cmt_fast.ops._triton.device import DeviceLimits
+from cmt_fast.ops._triton.tuned_tables import empty_table
+from cmt_fast.testing.results import write_json
 
 SMALL = dict(
     embed_dims=(8, 16, 32, 64), stem_channel=8, fc_dim=48, num_heads=(1, 2, 4, 8), depths=(1, 1, 2, 1), num_classes=10
@@ -75,13 +78,22 @@ def test_what_is_not_there(monkeypatch):
     assert "none visible to PyTorch" in text
 
 
-def test_gpus(monkeypatch):
+def test_gpus(monkeypatch, tmp_path):
     properties = type("Properties", (), dict(name="NVIDIA Test", major=9, minor=0, total_memory=80 * 2**30))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    limits = DeviceLimits(90, 1000, 10, "NVIDIA Test")
+    monkeypatch.setattr(command, "device_limits", lambda device: limits)
+    monkeypatch.setenv("CMT_FAST_TUNING", str(tmp_path))
     text = run()
     assert "GPU 1" in text
     assert "NVIDIA Test, sm_90, 80.0 GiB" in text
+    assert text.count("tuned tiles   none: every kernel follows its rule") == 2
+    table = empty_table(tmp_path / "NVIDIA_Test.json", limits)
+    table.add("cmt_fast.ops.lpu.triton_kernels:lpu_kernel", "images=1", {"config": None})
+    write_json(table.path, table.data)
+    assert "NVIDIA_Test.json: 1 launches in use" in run()
+    assert [gpu["tuned"] for gpu in json.loads(run("--json"))["machine"]["gpus"]] == [[str(table)]] * 2
 
 
 # ---- models ------------------------------------------------------------------------------------------------------------

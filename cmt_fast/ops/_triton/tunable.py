@@ -65,14 +65,13 @@ class Tunable(Generic[P, R]):
         measured = None if rule is None else tuned_tables.look_up(query.limits, self.kernel, query.key)
         if measured is None:
             return rule
-        for candidate in query.candidates():
-            if asdict(candidate) == measured:
-                return cast(R, candidate)
-        tuned_tables.warn_once(
-            f"the table of {query.limits.name} has a configuration of {self.kernel} that is none of this version's: "
-            f"{measured} for {query.key}. The rule is used instead; `cmt-fast tune` measures again"
-        )
-        return rule
+        config = query.named(measured)
+        if config is None:
+            tuned_tables.warn_once(
+                f"the table of {query.limits.name} has a configuration of {self.kernel} that is none of this version's: "
+                f"{measured} for {query.key}. The rule is used instead; `cmt-fast tune` measures again"
+            )
+        return rule if config is None else cast(R, config)
 
 
 @dataclass(frozen=True)
@@ -105,6 +104,10 @@ class Query:
             return []
         found = self.tunable._candidates(rule, **dict(self.arguments), limits=self.limits)
         return [candidate for candidate in dict.fromkeys(found) if candidate != rule]
+
+    def named(self, fields: Mapping[str, Any]) -> Any:
+        """The rule's configuration or the candidate that has these fields, or None: no other is ever launched."""
+        return next((config for config in (self.rule(), *self.candidates()) if asdict(config) == fields), None)
 
 
 @contextlib.contextmanager
