@@ -13,7 +13,6 @@ from torch import Tensor
 from cmt_fast.backend import use_backend
 from cmt_fast.inference.optimize import optimize
 from cmt_fast.inference.torch_steps import TORCH
-from cmt_fast.inference.triton_steps import TRITON
 from cmt_fast.testing.inputs import Case, in_double, model_cases
 from cmt_fast.testing.packed_steps import STEPS, StepCall, tensors_of
 from cmt_fast.testing.precision import Precision
@@ -80,6 +79,8 @@ class _Step:
         return _by_name(self.call.run(TORCH))
 
     def run(self, backend: str) -> dict[str, Tensor]:
+        from cmt_fast.inference.triton_steps import TRITON
+
         with use_backend(backend):
             return _by_name(self.call.run(TRITON))
 

@@ -12,7 +12,6 @@ import torch
 
 from cmt_fast.backend import use_backend
 from cmt_fast.inference.torch_steps import TORCH
-from cmt_fast.inference.triton_steps import TRITON
 from cmt_fast.ops._triton.launch import Launch, record_launches
 from cmt_fast.ops._triton.tunable import Query, read_tables_again, trial
 from cmt_fast.ops._triton.tuned_tables import Table
@@ -217,6 +216,8 @@ class _Step:
 
     def _run(self, chosen: dict[Query, Any]) -> tuple[object, list[Launch], dict[Query, Any]]:
         """Outputs, launches, and what was asked and answered."""
+        from cmt_fast.inference.triton_steps import TRITON
+
         with use_backend("triton"), trial(chosen) as answers, record_launches() as launches, poisoned_empty():
             return self.call.run(TRITON), launches, answers
 

@@ -56,7 +56,11 @@ def lpu_candidates(
     itemsize: int,
     limits: DeviceLimits,
 ) -> Iterator[LPUConfig]:
-    """Other strips and tiles, of 2 to 32 elements a thread; arguments as of :func:`lpu_config`."""
+    """Other strips and tiles, none with more elements a thread than fill its registers; arguments as of :func:`lpu_config`."""
+
+    def elements(config: LPUConfig) -> float:
+        return 2 * config.pairs * config.block_c / (32 * config.num_warps)
+
     every_channel = _power_of_two(channels)
     for config in neighbours(
         rule,
@@ -65,7 +69,7 @@ def lpu_candidates(
         block_c=[every_channel] if norm else around(rule.block_c, 16, every_channel),
         num_warps=(2, 4, 8),
     ):
-        if 2 <= 2 * config.pairs * config.block_c / (32 * config.num_warps) <= 2 * ELEMENTS:
+        if 2 <= elements(config) <= max(ELEMENTS, elements(rule)):
             yield config
 
 
