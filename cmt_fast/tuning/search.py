@@ -108,8 +108,11 @@ def tune(
         if on_row is not None:
             on_row(row)
 
-    on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with on_device, torch.inference_mode():
+    with contextlib.ExitStack() as stack:
+        stack.callback(read_tables_again)
+        stack.enter_context(torch.inference_mode())
+        if device.type == "cuda":
+            stack.enter_context(torch.cuda.device(device))
         for done, (name, shape, dtype) in enumerate(tasks):
             where = (name, str(shape), str(dtype).removeprefix("torch."))
 
@@ -127,7 +130,8 @@ def tune(
             except torch.AcceleratorError:  # nothing runs on the device after that
                 raise
             except Exception as error:
-                add(Row(*where, note=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"))
+                first_line = str(error).strip().partition("\n")[0]
+                add(Row(*where, note=f"{type(error).__name__}: {first_line}"))
                 continue
             for query in queries:
                 if query in fresh:
@@ -137,7 +141,6 @@ def tune(
                 add(_row(where, query, table, earlier=query not in fresh))
     if progress is not None:
         progress(len(tasks), len(tasks), "done")
-    read_tables_again()
     return rows
 
 

@@ -58,8 +58,8 @@ class Table:
 
     def entries(self, kernel: str) -> dict[str, dict[str, Any]]:
         """What was measured of a kernel, by key; nothing if it has changed since."""
-        of_kernel = self.data.get("kernels", {}).get(kernel)
-        return of_kernel["launches"] if of_kernel and of_kernel["source"] == source_hash(kernel) else {}
+        kernels = self.data.get("kernels", {})
+        return kernels[kernel]["launches"] if kernel in kernels and not self.is_stale(kernel) else {}
 
     def add(self, kernel: str, key: str, entry: dict[str, Any]) -> None:
         """Put in what was measured; it drops what was measured before the kernel changed."""
@@ -67,10 +67,14 @@ class Table:
             self.data["kernels"][kernel] = {"source": source_hash(kernel), "launches": {}}
         self.data["kernels"][kernel]["launches"][key] = entry
 
-    def stale_kernels(self) -> list[str]:
-        """The kernels whose entries cannot be used: they have changed, or are no more."""
+    def is_stale(self, kernel: str) -> bool:
+        """Whether a kernel's entries cannot be used: it has changed, or is no more."""
         kernels = self.data.get("kernels", {})
-        return [kernel for kernel, measured in kernels.items() if measured["source"] != source_hash(kernel)]
+        return kernel in kernels and kernels[kernel]["source"] != source_hash(kernel)
+
+    def stale_kernels(self) -> list[str]:
+        """All of which :meth:`is_stale` is true."""
+        return [kernel for kernel in self.data.get("kernels", {}) if self.is_stale(kernel)]
 
     def launches(self) -> int:
         """How many entries can be used."""
@@ -127,7 +131,7 @@ def look_up(limits: DeviceLimits, kernel: str, key: str) -> dict[str, Any] | Non
         entry = table.entries(kernel).get(key)
         if entry is not None:
             return entry["config"]
-        if kernel in table.stale_kernels():
+        if table.is_stale(kernel):
             warn_once(
                 f"{table.path} was measured before {kernel} changed, so its rule is used: `cmt-fast tune` measures again"
             )
@@ -152,21 +156,20 @@ def forget() -> None:
 
 @lru_cache
 def source_hash(kernel: str) -> str:
-    """Of the source of a kernel, ``module:function``, and all jit functions that it calls; empty if there is none of that name."""
+    """Of the source of a kernel, ``module:function``, and all jit functions that it calls; empty if there is none to be found."""
     module, _, name = kernel.partition(":")
+    digest, seen, found = hashlib.sha256(), set(), []
     try:
-        function = getattr(importlib.import_module(module), name).fn
-    except (ImportError, AttributeError, ValueError):
+        found.append(getattr(importlib.import_module(module), name).fn)
+        while found:
+            function = found.pop()
+            if function not in seen:
+                seen.add(function)
+                digest.update(inspect.getsource(function).encode())
+                names = sorted(function.__code__.co_names)
+                found += [called.fn for called in map(function.__globals__.get, names) if hasattr(called, "fn")]
+    except (ImportError, AttributeError, ValueError, OSError):
         return ""
-    digest, seen, found = hashlib.sha256(), set(), [function]
-    while found:
-        function = found.pop()
-        if function in seen:
-            continue
-        seen.add(function)
-        digest.update(inspect.getsource(function).encode())
-        names = sorted(function.__code__.co_names)
-        found += [called.fn for called in map(function.__globals__.get, names) if hasattr(called, "fn")]
     return digest.hexdigest()[:16]
 
 

@@ -12,6 +12,9 @@ from cmt_fast.ops._triton.tunable import tunable
 #: Architectures whose tensor cores read operands from shared memory, not from registers: these have room for a larger tile.
 _OPERANDS_IN_SHARED_MEMORY = (90, 100)
 
+#: Of a thread of a fused kernel: twice as many were compiled, and spill.
+_SUMS = 64
+
 
 @dataclass(frozen=True)
 class FusedConfig:
@@ -45,7 +48,7 @@ def absorbed_candidates(
     limits: DeviceLimits,
 ) -> Iterator[FusedConfig]:
     """Other tiles that fit into shared memory; arguments as of :func:`absorbed_config`."""
-    for config in _fused_neighbours(rule, keys):
+    for config in _fused_neighbours(rule, keys, width):
         tile = config.block_m * block(width)
         if _fits(config, width, [tile, tile], itemsize, limits):
             yield config
@@ -94,7 +97,7 @@ def projected_candidates(
     limits: DeviceLimits,
 ) -> Iterator[FusedConfig]:
     """Other tiles that fit into shared memory; arguments as of :func:`projected_config`."""
-    for config in _fused_neighbours(rule, keys):
+    for config in _fused_neighbours(rule, keys, width):
         if _projected_fits(config, keys, width, key_dim, value_dim, itemsize, limits):
             yield config
 
@@ -162,14 +165,19 @@ def _halved(size: int) -> Sequence[int]:
     return [size >> i for i in range(size.bit_length()) if size >> i >= LEAST_BLOCK]
 
 
-def _fused_neighbours(rule: FusedConfig, keys: int) -> Iterator[FusedConfig]:
-    return neighbours(
-        rule,
+def _fused_neighbours(rule: FusedConfig, keys: int, width: int) -> Iterator[FusedConfig]:
+    """Without those whose sums over the heads take more registers than a thread has beside them."""
+
+    def sums(config: FusedConfig) -> float:
+        return config.block_n * block(width) / (32 * config.num_warps)
+
+    values = dict(
         block_n=around(rule.block_n, LEAST_BLOCK, 256),
         block_m=around(rule.block_m, LEAST_BLOCK, block(keys)),
         num_warps=(4, 8),
         num_stages=(1, 2),
     )
+    return (config for config in neighbours(rule, **values) if sums(config) <= max(_SUMS, sums(rule)))
 
 
 def _projected_fits(
