@@ -13,6 +13,7 @@ from typing import Any
 from benchmarks.report.measurement import Measurement, Unavailable
 from benchmarks.report.settings import Settings
 from cmt_fast.backend import BACKENDS, machine_reasons
+from cmt_fast.testing.packed_cases import PACKED_OPS
 from cmt_fast.testing.verification import OPS, verify
 
 #: Of a CPU: tests of what is timed here, which take less than a minute each.
@@ -26,6 +27,8 @@ def plan(settings: Settings) -> Iterator[Measurement]:
     dtypes = ("float32", "bfloat16", "autocast-bfloat16") if settings.gpu else ("float32",)
     for dtype in dtypes:
         for op in OPS[:2] if settings.quick else OPS:
+            if op in PACKED_OPS and dtype.startswith("autocast"):
+                continue  # packed models have dtypes of their own
             yield Measurement(
                 f"{op} {dtype}", partial(_rows, settings, op, dtype, backends), 0.0 if settings.quick else 10.0
             )

@@ -200,6 +200,22 @@ def test_verify_compares_the_output_of_a_kernel_without_gradients(monkeypatch):
     assert not any(check.passed for check in verify(["triton"], ["lpu"], ["float16"], quick=True))
 
 
+def test_verify_compares_packed_steps(monkeypatch):
+    checks = verify(["triton"], ["packed_lpu", "packed_attention"], ["float16"], quick=True)
+    assert {(check.op, check.quantity) for check in checks} == {
+        ("packed_lpu", "output 0"),
+        ("packed_lpu", "output 1"),
+        ("packed_attention", "output 0"),
+    }
+    assert {check.case for check in checks if check.op == "packed_attention"} >= {
+        "ti-like, absorbed",
+        "ti-like, projected",
+    }
+    assert all(check.passed for check in checks)
+    monkeypatch.setattr(triton_launch.Launch, "run", lambda self: self.arguments["y"].zero_())
+    assert not any(check.passed for check in verify(["triton"], ["packed_lpu"], ["float16"], quick=True))
+
+
 def test_compiles_into_one_graph():
     call, layer = lpu_call(shape(1, 4, 4, 5, 2), torch.float32), conv(5, torch.float32)
     step = torch.compile(lambda x: LPUCall(call.step, x).run(TRITON), fullgraph=True, backend="eager")

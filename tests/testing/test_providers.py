@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from cmt_fast.backend import BackendError, machine_reasons
 from cmt_fast.models.cmt import CMT
 from cmt_fast.testing.precision import precision
 from cmt_fast.testing.providers import PROVIDERS, _frozen
@@ -48,6 +49,13 @@ def test_without_onnxruntime_the_error_says_what_to_install(model, images, monke
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ImportError, match=r"pip install 'cmt-fast\[export\]'"):
         PROVIDERS["onnxruntime"].make(model, images, FLOAT32)
+
+
+def test_a_backend_that_cannot_run_is_an_error_not_another_backend(model, images):
+    if not machine_reasons("triton"):
+        pytest.skip("triton runs here")
+    with pytest.raises(BackendError, match="backend 'triton' cannot run optimize"):
+        PROVIDERS["optimize-triton"].make(model, images, FLOAT32)
 
 
 @pytest.mark.parametrize("name", ["original-channels-last", "optimize"])

@@ -7,7 +7,8 @@ import torch
 
 import cmt_fast.ops.depthwise.api as depthwise_api
 from cmt_fast.backend import machine_reasons
-from cmt_fast.testing import verification
+from cmt_fast.inference.optimize import optimize
+from cmt_fast.testing import packed_cases, verification
 from cmt_fast.testing.verification import OPS, verify
 
 
@@ -22,6 +23,21 @@ def test_the_reference_passes_everywhere():
     assert {check.dtype for check in checks} == set(dtypes)
     assert max(check.ratio for check in checks) <= 1
     assert labels[0][0] == 0 and labels[-1] == (labels[0][1], labels[0][1])
+
+
+def test_packed_models_are_compared_with_the_model_that_was_packed(monkeypatch):
+    def wrong(*args, **options):
+        fast = optimize(*args, **options)
+        return (lambda x: 1.01 * fast(x)) if options["backend"] == "auto" else fast
+
+    monkeypatch.setattr(packed_cases, "optimize", wrong)
+    checks = verify(["reference", "auto"], ["packed_cmt"], ["float32"], quick=True)
+    assert [(check.backend, check.quantity, check.passed) for check in checks] == [
+        ("reference", "output", True),
+        ("auto", "output", False),
+    ]
+    with pytest.raises(ValueError, match=r"and autocast no packed model; got packed_lpu"):
+        verify(["reference"], ["packed_lpu"], ["autocast-bfloat16"])
 
 
 def test_outputs_gradients_and_statistics_are_all_compared():

@@ -12,7 +12,7 @@ from cmt_fast.ops._triton.tunable import tunable
 #: Architectures whose tensor cores read operands from shared memory, not from registers: these have room for a larger tile.
 _OPERANDS_IN_SHARED_MEMORY = (90, 100)
 
-#: Of a thread of a fused kernel: twice as many were compiled, and spill.
+#: Sums that a thread of a fused kernel holds, and half of what one of the linear kernel does: twice as many were compiled, and spill.
 _SUMS = 64
 
 
@@ -142,7 +142,8 @@ def linear_candidates(
         num_stages=(2, 3, 4),
     ):
         stage = (config.block_n + config.block_out) * config.block_c * itemsize
-        if config.num_stages * stage <= limits.shared_memory and config.block_n * config.block_out <= 1 << 15:
+        sums = config.block_n * config.block_out / (32 * config.num_warps)
+        if config.num_stages * stage <= limits.shared_memory and sums <= 2 * _SUMS:
             yield config
 
 
