@@ -63,7 +63,7 @@ def tune(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="The table to write and go on with. \\[default: the user's, see below]",
+            help="The table to write and go on with. \\[default: the user's, see above]",
             show_default=False,
         ),
     ] = None,
