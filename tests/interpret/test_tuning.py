@@ -9,12 +9,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from cmt_fast.backend import use_backend
 from cmt_fast.cli.app import app
+from cmt_fast.inference.triton_steps import TRITON
 from cmt_fast.ops._triton.device import ARCHITECTURES
 from cmt_fast.ops._triton.tunable import trial
 from cmt_fast.ops._triton.tuned_tables import Table, empty_table, read_table
 from cmt_fast.ops.lpu import configs
-from cmt_fast.testing.packed_steps import STEPS
+from cmt_fast.testing.packed_steps import STEPS, tensors_of
 from cmt_fast.testing.shapes import StageShape
 from cmt_fast.testing.timing import Timing
 from cmt_fast.tuning import search
@@ -110,6 +112,17 @@ def test_a_step_that_cannot_run_says_why(tmp_path, times):
     times()
     (row,) = run(new_table(tmp_path), shapes=[StageShape("tiny/a", 1, 6, 6, 12, 2, 0, 3)])
     assert row.note.startswith("BackendError: ") and "k must be a power of two, got 3" in row.note
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_steps_compile_into_one_graph(step):
+    """What chooses a backend while torch.compile traces asks no table."""
+    for shape in TINY:
+        call = STEPS[step](shape, torch.float16, CPU)
+        with use_backend("triton"):
+            expected = tensors_of(call.run(TRITON))
+            actual = torch.compile(lambda call=call: call.run(TRITON), fullgraph=True, backend="eager")()
+        assert all(map(torch.equal, tensors_of(actual), expected))
 
 
 # ---- choice --------------------------------------------------------------------------------------------------------------

@@ -39,12 +39,13 @@ class Tunable(Generic[P, R]):
 
     Attributes:
         kernel: ``module:function``.
+        rule: without any table. It alone decides whether there is a configuration at all, and ``torch.compile`` can trace it.
     """
 
     def __init__(self, rule: Callable[P, R], kernel: str, candidates: Callable[..., Iterable[Any]]) -> None:
         functools.update_wrapper(self, rule)
-        self.kernel = kernel
-        self._rule, self._candidates, self._signature = rule, candidates, inspect.signature(rule)
+        self.kernel, self.rule = kernel, rule
+        self._candidates, self._signature = candidates, inspect.signature(rule)
         self._chosen = functools.lru_cache(maxsize=1024)(self._choose)
         _all.append(self)
 
@@ -95,7 +96,7 @@ class Query:
 
     def rule(self) -> Any:
         """What the rule says."""
-        return self.tunable._rule(**dict(self.arguments), limits=self.limits)
+        return self.tunable.rule(**dict(self.arguments), limits=self.limits)
 
     def candidates(self) -> list[Any]:
         """What may stand in its place: distinct, in a fixed order."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
-from cmt_fast.ops._triton.device import device_limits
+from cmt_fast.ops._triton.device import DeviceLimits, device_limits
 from cmt_fast.ops._triton.products import is_exact
 from cmt_fast.ops._triton.reasons import call_reasons
 from cmt_fast.ops.attention.configs import MAX_HEAD_DIM
@@ -17,12 +19,20 @@ def absorbed_attention_reasons(x: Tensor, keys_values: Tensor, table: Tensor, ou
     reasons = call_reasons(x, keys_values, table, out_bias) + _dtype_reasons(x, (keys_values, table), (out_bias,))
     width, limits = x.shape[-1], device_limits(x.device)
     _, tokens, keys = table.shape
-    if absorbed_config(x.shape[0], tokens, keys, width, x.element_size(), is_exact(x.dtype), limits) is None:
+    if not _absorbed_fits(x.shape[0], tokens, keys, width, x.element_size(), is_exact(x.dtype), limits):
         reasons.append(
             f"absorbed attention over {width} channels in {x.dtype} does not fit into {limits.shared_memory} bytes of shared "
             "memory: pack the model with absorb=()"
         )
     return reasons
+
+
+@lru_cache
+def _absorbed_fits(
+    images: int, tokens: int, keys: int, width: int, itemsize: int, exact: bool, limits: DeviceLimits
+) -> bool:
+    """Whether there is a tile: the rule says so, whatever was measured."""
+    return absorbed_config.rule(images, tokens, keys, width, itemsize, exact, limits) is not None
 
 
 def projected_attention_reasons(
