@@ -142,9 +142,7 @@ def tune(
 
 def _require_interpreter(where: torch.device, output: Path | None) -> None:
     if not interpreting():
-        dry_run = (
-            f"TRITON_INTERPRET=1 {command_line('tune', '--device', 'cpu', '--quick', '--batch', 1, '--img-size', 32)}"
-        )
+        dry_run = f"TRITON_INTERPRET=1 {command_line('tune', '--device', 'cpu', '--quick', '--batch', 1, '--img-size', 32, '--step', 'lpu')}"
         raise ValueError(
             f"tuning measures a GPU, and this is {where}. A dry run goes through all of it in Triton's interpreter and writes nothing: {dry_run}"
         )
