@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from cmt_fast.ops.checks import PLAIN_BATCH_NORMS
+
 
 class SyncBatchNorm(nn.BatchNorm2d):
     """BatchNorm2d over the processes of a group, on any device and process-group backend.
@@ -44,6 +46,9 @@ class SyncBatchNorm(nn.BatchNorm2d):
         unbiased = var * (count / (count - 1))
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
+
+
+PLAIN_BATCH_NORMS.append(SyncBatchNorm)
 
 
 def convert_sync_batchnorm(module: nn.Module, process_group: dist.ProcessGroup | None = None) -> nn.Module:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+#: Classes whose forward is a BatchNorm over maps and nothing else; ``cmt_fast.modules`` adds its SyncBatchNorm.
+PLAIN_BATCH_NORMS: list[type[nn.Module]] = [nn.BatchNorm2d, nn.SyncBatchNorm]
+
 
 def shape_of(x: object) -> str:
     """How an argument is named in a message: a tensor by its shape, anything else by its type."""
@@ -73,16 +76,19 @@ def check_grid(name: str, grid: tuple[int, int]) -> None:
         raise ValueError(f"{name} must be (H, W) of positive whole numbers, got {grid!r}")
 
 
-def not_plain(name: str, module: nn.Module | None, kind: type[nn.Module]) -> list[str]:
-    """Reasons why a fused kernel may not read the parameters of ``module`` and skip its ``forward``.
+def not_plain(name: str, module: nn.Module | None, *kinds: type[nn.Module]) -> list[str]:
+    """Reasons why a fused kernel may not read the parameters of ``module``, of one of ``kinds``, and skip its ``forward``.
 
     A subclass, an adapter or a hook changes what calling the module does; only the reference, which calls it, honours that.
     """
     if module is None:
         return []
     reasons = []
-    if type(module) is not kind:
-        reasons.append(f"{name} is a {type(module).__name__}, not a plain {kind.__name__}")
+    if type(module) not in kinds:
+        names = " or ".join(dict.fromkeys(kind.__name__ for kind in kinds))
+        reasons.append(f"{name} is a {type(module).__name__}, not a plain {names}")
+    if "forward" in vars(module):
+        reasons.append(f"the forward of {name} was replaced, and only the reference calls it")
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         reasons.append(f"{name} has hooks, which only the reference calls")
     return reasons
