@@ -11,6 +11,8 @@ from cmt_fast.inference.program import Padding, round_up
 from cmt_fast.ops._triton.device import DeviceLimits
 from cmt_fast.ops._triton.launch import Launch
 from cmt_fast.ops.attention.triton_launch import attention_launch
+from cmt_fast.ops.depthwise.triton_launch import conv3x3_launch, reduce_launch
+from cmt_fast.ops.depthwise.triton_train_launch import conv3x3_backward_launch, reduce_backward_launch
 from cmt_fast.ops.lmhsa.triton_launch import absorbed_launch, linear_launch, projected_launch
 from cmt_fast.ops.lpu.triton_launch import lpu_reduce_launch
 from cmt_fast.testing.shapes import StageShape
@@ -55,7 +57,34 @@ def attention(shape: StageShape, dtype: torch.dtype, limits: DeviceLimits) -> li
     ]
 
 
+def depthwise(shape: StageShape, dtype: torch.dtype, limits: DeviceLimits) -> list[Launch]:
+    """The 3x3 convolution as a model is trained with it, and its gradients: of x, and of x, weight and bias."""
+    x = torch.empty(shape.batch, shape.height, shape.width, shape.dim, dtype=dtype, device="meta")
+    weight, bias = _vector(shape.dim, 1, 3, 3), _vector(shape.dim)
+    return [
+        conv3x3_launch(x, weight, bias, x, True, False, limits),
+        conv3x3_launch(x, weight, None, x, True, True, limits),
+        conv3x3_backward_launch(x, x, weight, x, True, True, True),
+    ]
+
+
+def reduction(shape: StageShape, dtype: torch.dtype, limits: DeviceLimits) -> list[Launch]:
+    """The reduction as a model is trained with it, and its gradients."""
+    k = shape.sr_ratio
+    if k == 1:
+        return []
+    x = torch.empty(shape.batch, shape.height, shape.width, shape.dim, dtype=dtype, device="meta")
+    y = x.new_empty(shape.batch, shape.height // k, shape.width // k, shape.dim)
+    weight, bias = _vector(shape.dim, 1, k, k), _vector(shape.dim)
+    return [
+        reduce_launch(x, weight, bias, y, limits),
+        reduce_backward_launch(y, x, weight, x, True, True),
+    ]
+
+
 LAUNCHES: dict[str, MakeLaunches] = {
     "lpu": lpu,
     "attention": attention,
+    "depthwise_conv3x3": depthwise,
+    "depthwise_reduce": reduction,
 }

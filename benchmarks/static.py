@@ -152,7 +152,7 @@ def _tile(launch: Launch) -> str:
 
 
 #: How the constants that make a tile begin.
-TILE_CONSTANTS = ("BLOCK", "WINDOWS", "PAIRS")
+TILE_CONSTANTS = ("BLOCK", "WINDOWS", "PAIRS", "ROWS")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -12,12 +12,14 @@ from cmt_fast.ops.tracing import tracing_reasons
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def call_reasons(x: Tensor, *others: Tensor | None) -> list[str]:
-    """Reasons against a call of an inference kernel with these tensors; an empty list if there are none.
+def call_reasons(x: Tensor, *others: Tensor | None, gradients: bool = False, autocast: bool = False) -> list[str]:
+    """Reasons against a call of a kernel with these tensors; an empty list if there are none.
 
     Args:
         x: the stream, whose dtype decides.
         others: the other tensors of the call.
+        gradients: the operation has kernels for its gradients too.
+        autocast: the operation chooses its dtypes as PyTorch's own would.
     """
     tensors = [x, *(t for t in others if t is not None)]
     devices = {t.device.type for t in tensors}
@@ -29,10 +31,10 @@ def call_reasons(x: Tensor, *others: Tensor | None) -> list[str]:
         reasons.append(f"the kernels need compute capability 8.0 or newer, got {capability}")
     if x.dtype not in DTYPES:
         reasons.append(f"dtype must be bfloat16, float16 or float32, got {x.dtype}")
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    if not gradients and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         reasons.append("gradients are needed, and this version's Triton kernels are for inference only")
     if any(type(t) not in (Tensor, nn.Parameter) for t in tensors):
         reasons.append(f"tensor subclasses need plain PyTorch, got {', '.join(type(t).__name__ for t in tensors)}")
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):  # which knows no meta device
+    if not autocast and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):  # which knows no meta device
         reasons.append("autocast is on, and chooses dtypes by PyTorch's own operations")
     return reasons + tracing_reasons()

@@ -17,7 +17,12 @@ LEAST_BLOCK = 16
 
 def block(size: int) -> int:
     """The side of the tile that holds ``size`` elements: a power of 2, as Triton wants it."""
-    return max(LEAST_BLOCK, 1 << (size - 1).bit_length())
+    return max(LEAST_BLOCK, power_of_two(size))
+
+
+def power_of_two(size: int) -> int:
+    """The least that holds ``size`` elements."""
+    return 1 << (size - 1).bit_length()
 
 
 def fill(rows: int, count: int, programs: int, limits: DeviceLimits) -> int:

@@ -6,8 +6,9 @@ from torch import Tensor
 
 from cmt_fast.backend import select
 from cmt_fast.ops.checks import check_dtype, check_map, check_same, check_vector, shape_of
-from cmt_fast.ops.depthwise.autograd import depthwise_conv3x3_native
+from cmt_fast.ops.depthwise import autograd
 from cmt_fast.ops.depthwise.native import native_reasons
+from cmt_fast.ops.depthwise.reasons import conv3x3_reasons, reduce_reasons
 from cmt_fast.ops.depthwise.reference import depthwise_conv3x3_reference, depthwise_reduce_reference
 
 
@@ -39,10 +40,14 @@ def depthwise_conv3x3(
         raise TypeError(f"shortcut must be True or False, got {type(shortcut).__name__}")
     if tuple(weight.shape[2:]) != (3, 3):
         raise ValueError(f"weight must have shape ({x.shape[-1]}, 1, 3, 3), got {shape_of(weight)}")
-    candidates = {"native": lambda: native_reasons(x, weight, bias)}
-    if select("depthwise_conv3x3", candidates, backend, device=x.device) == "native":
-        return depthwise_conv3x3_native(x, weight, bias, shortcut)
-    return depthwise_conv3x3_reference(x, weight, bias, shortcut)
+    candidates = {
+        "triton": lambda: conv3x3_reasons(x, weight, bias),
+        "native": lambda: native_reasons(x, weight, bias),
+    }
+    chosen = select("depthwise_conv3x3", candidates, backend, device=x.device)
+    if chosen == "reference":
+        return depthwise_conv3x3_reference(x, weight, bias, shortcut)
+    return autograd.depthwise_conv3x3(x, weight, bias, shortcut, chosen)
 
 
 def depthwise_reduce(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
@@ -68,7 +73,9 @@ def depthwise_reduce(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, b
         raise ValueError(
             f"weight must have shape (C, 1, k, k) with 1 <= k no larger than the map, got weight {shape_of(weight)} and x {shape_of(x)}"
         )
-    select("depthwise_reduce", {}, backend, device=x.device)
+    candidates = {"triton": lambda: reduce_reasons(x, weight, bias)}
+    if select("depthwise_reduce", candidates, backend, device=x.device) == "triton":
+        return autograd.depthwise_reduce_triton(x, weight, bias)
     return depthwise_reduce_reference(x, weight, bias)
 
 

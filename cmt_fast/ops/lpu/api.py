@@ -8,11 +8,10 @@ from torch import Tensor, nn
 
 from cmt_fast.backend import select
 from cmt_fast.ops.checks import check_conv_channels, check_dtype, check_map, check_modules, not_plain
-from cmt_fast.ops.depthwise.autograd import depthwise_conv3x3_native
+from cmt_fast.ops.depthwise.autograd import depthwise_conv3x3
 from cmt_fast.ops.depthwise.native import native_reasons
-from cmt_fast.ops.lpu.reasons import lpu_reasons
+from cmt_fast.ops.depthwise.reasons import conv3x3_reasons
 from cmt_fast.ops.lpu.reference import lpu_reference
-from cmt_fast.ops.lpu.schema import lpu_triton
 
 
 def lpu(x: Tensor, conv: nn.Module, *, backend: str | None = None) -> Tensor:
@@ -36,13 +35,15 @@ def lpu(x: Tensor, conv: nn.Module, *, backend: str | None = None) -> Tensor:
     check_conv_channels("conv", conv, x)
     if isinstance(conv, nn.Conv2d) and not not_plain("conv", conv, nn.Conv2d):  # others may convert what they take
         check_dtype("conv", conv.weight, "x", x)
-    candidates = {"triton": lambda: _reasons(x, conv, lpu_reasons), "native": lambda: _reasons(x, conv, native_reasons)}
+    candidates = {
+        "triton": lambda: _reasons(x, conv, conv3x3_reasons),
+        "native": lambda: _reasons(x, conv, native_reasons),
+    }
     chosen = select("lpu", candidates, backend, device=x.device)
     if chosen == "reference":
         return lpu_reference(x, conv)
     assert isinstance(conv, nn.Conv2d)  # or there were reasons against it
-    function = lpu_triton if chosen == "triton" else depthwise_conv3x3_native
-    return function(x, conv.weight, conv.bias, True)
+    return depthwise_conv3x3(x, conv.weight, conv.bias, True, chosen)
 
 
 def _reasons(x: Tensor, conv: nn.Module, of_kernel: Callable[[Tensor, Tensor, Tensor | None], list[str]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Schemas and fake implementations of the local perception unit's kernels: all that tracing needs, nothing compiled."""
+"""Schema and fake implementation of the local perception unit's kernel with LayerNorm and reduction: all that tracing needs, nothing compiled."""
 
 from __future__ import annotations
 
@@ -7,22 +7,13 @@ from torch import Tensor
 
 from cmt_fast.ops._triton.register import implement
 
-torch.library.define("cmt_fast_triton::lpu", "(Tensor x, Tensor weight, Tensor? bias, bool shortcut) -> Tensor")
 torch.library.define(
     "cmt_fast_triton::lpu_reduce",
     "(Tensor x, Tensor taps, Tensor bias, Tensor? reduction, int k, int channels, float eps) -> (Tensor, Tensor)",
 )
-implement("lpu", "cmt_fast.ops.lpu.triton_launch:lpu")
 implement("lpu_reduce", "cmt_fast.ops.lpu.triton_launch:lpu_reduce")
 
-lpu_triton = torch.ops.cmt_fast_triton.lpu.default
 lpu_reduce_triton = torch.ops.cmt_fast_triton.lpu_reduce.default
-
-
-@torch.library.register_fake("cmt_fast_triton::lpu")
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, shortcut: bool) -> Tensor:
-    """x (B, H, W, C), weight (C, 1, 3, 3), bias (C,), any strides -> (B, H, W, C), contiguous."""
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @torch.library.register_fake("cmt_fast_triton::lpu_reduce")

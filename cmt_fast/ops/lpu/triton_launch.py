@@ -11,15 +11,6 @@ from cmt_fast.ops.lpu.configs import lpu_config
 from cmt_fast.ops.lpu.triton_kernels import lpu_kernel
 
 
-def lpu(x: Tensor, weight: Tensor, bias: Tensor | None, shortcut: bool) -> Tensor:
-    """Depthwise 3x3 of x (B, H, W, C) by weight (C, 1, 3, 3), plus x if ``shortcut``: any strides -> contiguous."""
-    x = x.contiguous()
-    y = torch.empty_like(x)
-    if y.numel():
-        lpu_launch(x, weight.contiguous(), bias, y, shortcut, device_limits(x.device)).run()
-    return y
-
-
 def lpu_reduce(
     x: Tensor, taps: Tensor, bias: Tensor, reduction: Tensor | None, k: int, channels: int, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -30,14 +21,6 @@ def lpu_reduce(
     if y.numel():
         lpu_reduce_launch(x, taps, bias, reduction, y, reduced, k, channels, eps, device_limits(x.device)).run()
     return y, reduced
-
-
-def lpu_launch(
-    x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, shortcut: bool, limits: DeviceLimits
-) -> Launch:
-    """x and y (B, H, W, C), weight (C, 1, 3, 3), bias (C,) or None, all contiguous."""
-    constants = dict(TAP_STRIDE=1, CHANNEL_STRIDE=9, SHORTCUT=shortcut)
-    return _launch(x, weight, bias, None, y, None, 1, x.shape[-1], 0.0, constants, limits)
 
 
 def lpu_reduce_launch(
@@ -54,33 +37,15 @@ def lpu_reduce_launch(
 ) -> Launch:
     """x and y (B, H, W, C), taps (9, C) with the shortcut in them, bias (C,), reduction (k * k, C) or None for k = 1,
     reduced (B, H // k, W // k, C), all contiguous."""
-    constants = dict(TAP_STRIDE=x.shape[-1], CHANNEL_STRIDE=1, SHORTCUT=False)
-    return _launch(x, taps, bias, reduction, y, reduced, k, channels, eps, constants, limits)
-
-
-def _launch(
-    x: Tensor,
-    taps: Tensor,
-    bias: Tensor | None,
-    reduction: Tensor | None,
-    y: Tensor,
-    reduced: Tensor | None,
-    k: int,
-    channels: int,
-    eps: float,
-    constants: dict[str, int | bool],
-    limits: DeviceLimits,
-) -> Launch:
     images, height, width, c = x.shape
-    norm = reduced is not None
-    config = lpu_config(images, height, width, c, k, norm, x.element_size(), limits)
+    config = lpu_config(images, height, width, c, k, x.element_size(), limits)
+    columns = -(-width // k) * k
     strips = -(-height // (k * config.windows))
-    tiles = -(-images * (-(-width // k) * k) // (2 * config.pairs)) * -(-c // config.block_c)
     windows = -(-height // k) / strips
-    inputs, outputs = (x, taps, bias, reduction), (y, reduced)
+    inputs = (x, taps, bias, reduction)
     return Launch(
         kernel=lpu_kernel,
-        grid=(strips * tiles,),
+        grid=(strips * -(-images * columns // (2 * config.pairs)),),
         arguments=dict(
             x=x,
             taps=taps,
@@ -96,18 +61,16 @@ def _launch(
         constants=dict(
             C=c,
             CHANNELS=channels,
-            NORM=norm,
             K=k,
             WINDOWS=config.windows,
-            SPLIT=bool(-(-width // k) * k % 2),
+            SPLIT=bool(columns % 2),
             PAIRS=config.pairs,
             BLOCK_C=config.block_c,
-            **constants,
         ),
         num_warps=config.num_warps,
         num_stages=1,  # the rows of a strip are loaded as they come: staged copies would read each three times from L2
         reads=sum(t.nbytes for t in inputs if t is not None),
-        writes=sum(t.nbytes for t in outputs if t is not None),
+        writes=y.nbytes + reduced.nbytes,
         flops=0,
         elements=y.numel(),
         loops=tuple(n for n, limit in ((windows, config.windows), (k, k)) if limit > 1),
