@@ -1,4 +1,4 @@
-"""The launches of each kernel in each stage of a packed model, from tensors without memory. A new kernel is one line in ``LAUNCHES``."""
+"""The launches of each kernel in each stage of a packed model, or of one in training, from tensors without memory. A new kernel is one line in ``LAUNCHES``."""
 
 from __future__ import annotations
 
@@ -57,34 +57,38 @@ def attention(shape: StageShape, dtype: torch.dtype, limits: DeviceLimits) -> li
     ]
 
 
-def depthwise(shape: StageShape, dtype: torch.dtype, limits: DeviceLimits) -> list[Launch]:
-    """The 3x3 convolution as a model is trained with it, and its gradients: of x, and of x, weight and bias."""
-    x = torch.empty(shape.batch, shape.height, shape.width, shape.dim, dtype=dtype, device="meta")
-    weight, bias = _vector(shape.dim, 1, 3, 3), _vector(shape.dim)
-    return [
-        conv3x3_launch(x, weight, bias, x, True, False, limits),
-        conv3x3_launch(x, weight, None, x, True, True, limits),
-        conv3x3_backward_launch(x, x, weight, x, True, True, True),
-    ]
+def conv3x3(shape: StageShape, dtype: torch.dtype, limits: DeviceLimits) -> list[Launch]:
+    """The convolution of a local perception unit in training; the gradient of its map alone is the same with the taps turned."""
+    x, weight, bias = _convolution(shape, dtype, 3)
+    return [conv3x3_launch(x, weight, bias, x, True, False, limits)]
 
 
-def reduction(shape: StageShape, dtype: torch.dtype, limits: DeviceLimits) -> list[Launch]:
-    """The reduction as a model is trained with it, and its gradients."""
+def conv3x3_backward(shape: StageShape, dtype: torch.dtype, limits: DeviceLimits) -> list[Launch]:
+    """Every gradient of it; the partial sums are added up by a kernel of their own."""
+    x, weight, _ = _convolution(shape, dtype, 3)
+    return [conv3x3_backward_launch(x, x, weight, x, True, True, True)]
+
+
+def reduce(shape: StageShape, dtype: torch.dtype, limits: DeviceLimits) -> list[Launch]:
+    """The reduction in training, and its gradients. Stage d has none."""
     k = shape.sr_ratio
     if k == 1:
         return []
-    x = torch.empty(shape.batch, shape.height, shape.width, shape.dim, dtype=dtype, device="meta")
+    x, weight, bias = _convolution(shape, dtype, k)
     y = x.new_empty(shape.batch, shape.height // k, shape.width // k, shape.dim)
-    weight, bias = _vector(shape.dim, 1, k, k), _vector(shape.dim)
-    return [
-        reduce_launch(x, weight, bias, y, limits),
-        reduce_backward_launch(y, x, weight, x, True, True),
-    ]
+    return [reduce_launch(x, weight, bias, y, limits), reduce_backward_launch(y, x, weight, x, True, True)]
+
+
+def _convolution(shape: StageShape, dtype: torch.dtype, k: int) -> tuple[torch.Tensor, ...]:
+    """Map, weight and bias of a depthwise convolution in training: not padded, the parameters float32."""
+    x = torch.empty(shape.batch, shape.height, shape.width, shape.dim, dtype=dtype, device="meta")
+    return x, _vector(shape.dim, 1, k, k), _vector(shape.dim)
 
 
 LAUNCHES: dict[str, MakeLaunches] = {
     "lpu": lpu,
     "attention": attention,
-    "depthwise_conv3x3": depthwise,
-    "depthwise_reduce": reduction,
+    "depthwise_conv3x3": conv3x3,
+    "depthwise_conv3x3_backward": conv3x3_backward,
+    "depthwise_reduce": reduce,
 }

@@ -71,6 +71,8 @@ class Plan:
 PLAN = {
     **{("lpu", stage): Plan(22 + 3.5 + 3, 0, "section 3, row sliding; ALU of roofline.py") for stage in "abc"},
     ("lpu", "d"): Plan(22 + 3.5, 0, "section 3, row sliding"),
+    **{("depthwise_conv3x3", stage): Plan(22 + 3.5, 0, "section 3, row sliding") for stage in "abcd"},
+    **{("depthwise_conv3x3_backward", stage): Plan(53, 0, "that, and products with nine taps") for stage in "abcd"},
 }
 
 

@@ -430,7 +430,7 @@ def test_without_the_library(monkeypatch):
 def test_fakes_need_no_library():
     x, weight, bias, grad = (t.to("meta") for t in make_inputs((2, 3, 4, 5), torch.bfloat16))
     assert depthwise_conv3x3_fwd(x, weight, bias, True).shape == x.shape
-    assert DepthwiseConv3x3Function.apply(x, weight, None, False).dtype == torch.bfloat16
+    assert DepthwiseConv3x3Function.apply(x, weight, None, False, "native").dtype == torch.bfloat16
     dx, dweight, dbias = depthwise_conv3x3_bwd(grad, x, weight, True, False, True, True)
     assert (dx.shape[0], dweight.shape, dbias.shape) == (0, weight.shape, bias.shape)
 

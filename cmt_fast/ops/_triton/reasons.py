@@ -35,6 +35,8 @@ def call_reasons(x: Tensor, *others: Tensor | None, gradients: bool = False, aut
         reasons.append("gradients are needed, and this version's Triton kernels are for inference only")
     if any(type(t) not in (Tensor, nn.Parameter) for t in tensors):
         reasons.append(f"tensor subclasses need plain PyTorch, got {', '.join(type(t).__name__ for t in tensors)}")
-    if not autocast and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):  # which knows no meta device
+    if (
+        not autocast and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+    ):  # which knows no meta device
         reasons.append("autocast is on, and chooses dtypes by PyTorch's own operations")
     return reasons + tracing_reasons()

@@ -72,9 +72,7 @@ def conv3x3_config(images: int, height: int, width: int, channels: int, limits: 
     block_c = min(power_of_two(channels), MAX_BLOCK_C)
     pairs = ELEMENTS // 2 * _THREADS // block_c
     programs = -(-images * width // (2 * pairs)) * -(-channels // block_c)
-    return Conv3x3Config(
-        strip_length(height, 1, programs / (_PROGRAMS * limits.multiprocessors)), pairs, block_c
-    )
+    return Conv3x3Config(strip_length(height, 1, programs / (_PROGRAMS * limits.multiprocessors)), pairs, block_c)
 
 
 @lru_cache(maxsize=1024)
@@ -83,9 +81,7 @@ def conv3x3_backward_config(images: int, height: int, width: int, channels: int)
     block_c = min(power_of_two(channels), MAX_BLOCK_C)
     pairs = ELEMENTS_WITH_SUMS // 2 * _THREADS // block_c
     programs = -(-images * width // (2 * pairs)) * -(-channels // block_c)
-    return Conv3x3Config(
-        strip_length(height, 1, programs / PROGRAMS_WITH_SUMS, _OVERHEAD_ROWS), pairs, block_c
-    )
+    return Conv3x3Config(strip_length(height, 1, programs / PROGRAMS_WITH_SUMS, _OVERHEAD_ROWS), pairs, block_c)
 
 
 @lru_cache(maxsize=1024)

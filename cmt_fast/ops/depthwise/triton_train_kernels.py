@@ -3,7 +3,15 @@
 import triton
 import triton.language as tl
 
-from cmt_fast.ops._triton.sliding import add_products, load_pairs, load_taps, neighbours, pair_columns, slide, store_sums
+from cmt_fast.ops._triton.sliding import (
+    add_products,
+    load_pairs,
+    load_taps,
+    neighbours,
+    pair_columns,
+    slide,
+    store_sums,
+)
 
 
 @triton.jit
@@ -150,7 +158,7 @@ def reduce_backward_kernel(
         x, dx: (images, height, width, C); dx None if it is not needed.
         weight: (C, K * K).
         partials: (programs, ...), in the order of the programs of a row and a tile of channels, the sums of weight (C, K * K) with WEIGHT,
-            without which x is not read, then those of bias (C,) with BIAS.
+            without which x is not read, then those of bias (C,) with BIAS; None without either.
         windows: those that the borders cut included.
     """
     i = tl.program_id(0) % K
@@ -177,7 +185,8 @@ def reduce_backward_kernel(
             products += g * tl.load(x + pixel, whole & taps, 0.0).to(tl.float32)
         if BIAS:
             total += g
-    partials += program.to(tl.int64) * ((K * K * WEIGHT + BIAS) * C)
+    if partials is not None:
+        partials += program.to(tl.int64) * ((K * K * WEIGHT + BIAS) * C)
     if WEIGHT:
         tl.store(partials + c * (K * K) + i * K + j, tl.sum(products, 0, keep_dims=True), taps)
     if BIAS:

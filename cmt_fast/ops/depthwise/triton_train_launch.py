@@ -21,11 +21,12 @@ def conv3x3_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """grad and x (B, H, W, C), any strides -> gradients of x, weight and bias; first dimension 0 where one is not needed."""
     grad, x, weight = grad.contiguous(), x.contiguous(), weight.contiguous()
-    dx, partials = torch.empty_like(x) if need_x else None, None
+    dx = torch.empty_like(x) if need_x else None
+    partials: Tensor | None = None
     if len(x) and (need_weight or need_bias):
         launch = conv3x3_backward_launch(grad, x, weight, dx, shortcut, need_weight, need_bias)
         launch.run()
-        partials = launch.arguments["partials"]
+        partials = launch.arguments["partials"]  # type: ignore[assignment]
     elif len(x) and dx is not None:
         conv3x3_launch(grad, weight, None, dx, shortcut, True, device_limits(x.device)).run()
     return _gradients(x, weight, dx, partials, need_weight, need_bias)
@@ -36,11 +37,12 @@ def reduce_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """grad (B, H // k, W // k, C), x (B, H, W, C), any strides -> as ``conv3x3_backward``."""
     grad, x, weight = grad.contiguous(), x.contiguous(), weight.contiguous()
-    dx, partials = torch.empty_like(x) if need_x else None, None
+    dx = torch.empty_like(x) if need_x else None
+    partials: Tensor | None = None
     if len(x) and (need_x or need_weight or need_bias):
         launch = reduce_backward_launch(grad, x, weight, dx, need_weight, need_bias)
         launch.run()
-        partials = launch.arguments["partials"]
+        partials = launch.arguments["partials"]  # type: ignore[assignment]
     return _gradients(x, weight, dx, partials, need_weight, need_bias)
 
 
@@ -140,9 +142,7 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What an operator returns: tensors in the dtype of their variable, empty where one is not needed."""
     taps, channels = weight.numel() * need_weight, len(weight) * need_bias
-    if partials is None:  # no image, or no sum
-        sums = weight.new_zeros(taps + channels)
-    else:
-        sums = add_partials(partials).to(weight.dtype)
+    # Without partial sums there is no image, or none was asked for.
+    sums = weight.new_zeros(taps + channels) if partials is None else add_partials(partials).to(weight.dtype)
     dweight = sums[:taps].view(-1, *weight.shape[1:])
     return x.new_empty(0, *x.shape[1:]) if dx is None else dx, dweight, sums[taps:].clone()
