@@ -381,6 +381,8 @@ def test_reasons(monkeypatch):
     assert "k must be at most 64, got 65" in message(wide)
     wide.x, wide.weight = torch.empty(1).expand(1, 1 << 15, 1 << 15, 1), torch.empty(1, 1, 1, 1)
     assert "there must be less than 2^30 windows, got 1073807361" in message(wide)
+    wide.x = torch.empty(1).expand(1, 1, 1 << 31, 1)
+    assert "k rows of the map must have less than 2^31 elements, got 2147483648" in message(wide)
     monkeypatch.delenv("TRITON_INTERPRET")
     assert "Triton kernels run on CUDA tensors, got cpu" in message(call)
 

@@ -22,7 +22,7 @@ ELEMENTS, ELEMENTS_WITH_SUMS = 16, 8
 _PROGRAMS = 2
 #: Programs at once that a sum is cut for, whatever the GPU: three on each multiprocessor of an H100.
 PROGRAMS_WITH_SUMS = 400
-#: What adding up the taps' sums costs beside the halo, in rows.
+#: What a strip with sums costs whatever its length, in rows: halo, taps, adding up ten sums over the columns.
 _OVERHEAD_ROWS = 4
 
 #: Elements of a tile of the reduction, and of its gradients, that keep a sum for each tap beside.
@@ -57,10 +57,12 @@ def conv3x3_reasons(shape: Sequence[int]) -> list[str]:
 
 def reduce_reasons(shape: Sequence[int], k: int) -> list[str]:
     """Reasons why no tile of the reduction by k fits x (B, H, W, C); an empty list if one does."""
-    images, height, width, _ = shape
+    images, height, width, channels = shape
     reasons = []
     if k > MAX_K:
         reasons.append(f"k must be at most {MAX_K}, got {k}")
+    if (elements := k * width * channels) >= 2**31:
+        reasons.append(f"k rows of the map must have less than 2^31 elements, got {elements}")
     if (windows := images * (height // k + 1) * (width // k + 1)) >= 2**30:
         reasons.append(f"there must be less than 2^30 windows, got {windows}")
     return reasons
