@@ -28,7 +28,7 @@ LIMITS = ARCHITECTURES[90]  # of the interpreter
 TINY = [StageShape("tiny/a", 1, 4, 4, 12, 2, 0, 2), StageShape("tiny/c", 1, 3, 6, 12, 1, 0, 1)]
 
 #: What the LPU of the first of them asks for.
-QUERY = configs.lpu_config.query(1, 4, 4, 16, 2, True, 2, LIMITS)
+QUERY = configs.lpu_config.query(1, 4, 4, 16, 2, 2, LIMITS)
 
 
 class Times:
@@ -152,7 +152,7 @@ def test_a_chosen_configuration_is_what_a_call_launches():
     _, (launch,), _ = step._run({QUERY: candidate})
     assert launch.num_warps == candidate.num_warps and launch.constants["PAIRS"] == candidate.pairs
     with trial():
-        assert configs.lpu_config(1, 4, 4, 16, 2, True, 2, LIMITS) == QUERY.rule()
+        assert configs.lpu_config(1, 4, 4, 16, 2, 2, LIMITS) == QUERY.rule()
 
 
 # ---- going on ------------------------------------------------------------------------------------------------------------
