@@ -12,10 +12,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cmt_fast.backend import interpreting
 from cmt_fast.ops._triton.interpreter import repair_interpreter
+
+#: How the constants that make a tile begin.
+_TILE_CONSTANTS = ("BLOCK", "WINDOWS", "PAIRS", "ROWS")
 
 
 @dataclass(frozen=True)
@@ -47,12 +51,19 @@ class Launch:
     elements: int
     loops: tuple[float, ...] = ()
 
+    @property
+    def tile(self) -> dict[str, Any]:
+        """The constants that make a tile."""
+        return {name: value for name, value in self.constants.items() if name.startswith(_TILE_CONSTANTS)}
+
     def run(self) -> None:
         """Launch on the current stream of the tensors' device (in Triton's interpreter: run)."""
         if interpreting():
             repair_interpreter()
         if _record is not None:
             _record.append(self)
+            if any(isinstance(value, Tensor) and value.is_meta for value in self.arguments.values()):
+                return
         self.kernel[self.grid](**self.arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages)
 
 
@@ -61,10 +72,18 @@ _record: list[Launch] | None = None
 
 @contextlib.contextmanager
 def record_launches() -> Iterator[list[Launch]]:
-    """The launches that run meanwhile in this process, in their order."""
+    """The launches that run meanwhile in this process, in their order.
+
+    Meanwhile kernels take tensors on the ``meta`` device, too: launches of those are recorded only.
+    """
     global _record
     previous, _record = _record, []
     try:
         yield _record
     finally:
         _record = previous
+
+
+def records(device: torch.device) -> bool:
+    """Whether launches on ``device`` are recorded instead of run."""
+    return _record is not None and device.type == "meta"

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
+
+#: What runs each operator, by its name.
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 
 
 def implement(op: str, launcher: str) -> None:
@@ -21,5 +25,6 @@ def implement(op: str, launcher: str) -> None:
         with torch.cuda.device_of(args[0]):  # where Triton launches; nothing for a tensor on the CPU
             return getattr(importlib.import_module(module), function)(*args)
 
+    IMPLEMENTATIONS[op] = run
     for key in ("CUDA", "CPU"):
         torch.library.impl(f"cmt_fast_triton::{op}", key, run)
