@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
 
-from cmt_fast.inference.program import PackedModel, Stage, Stem
+from cmt_fast.inference.program import PackedModel, Stage, Stem, align_rows
 from cmt_fast.inference.torch_steps import TORCH, StepFunctions
 from cmt_fast.models.grids import stage_grids
 from cmt_fast.ops.attention.relative_pos import resize_relative_pos
@@ -37,9 +38,9 @@ def run(
     """
     if packed.head is None:
         return run_features(packed, x, packed.out_indices, functions, chunk_bytes=chunk_bytes)
-    _check_input(packed, x)
+    check_input(packed, x)
     last = len(packed.stages) - 1
-    with torch.autocast(x.device.type, enabled=False):  # the program has its own dtypes
+    with _no_autocast(x.device):
         return functions.head(packed.head, _maps(packed, x, functions, (last,), chunk_bytes)[last])
 
 
@@ -55,9 +56,9 @@ def run_features(
 
     No stage after the last one wanted runs. The other arguments and errors are those of :func:`run`.
     """
-    _check_input(packed, x)
+    check_input(packed, x)
     wanted = range(len(packed.stages)) if stages is None else stages
-    with torch.autocast(x.device.type, enabled=False):
+    with _no_autocast(x.device):
         maps = _maps(packed, x, functions, wanted, chunk_bytes)
         return [_public(packed, i, maps[i]) for i in wanted]
 
@@ -71,7 +72,8 @@ def _maps(
     maps = {}
     for i in range(max(wanted) + 1):
         stage, grid = packed.stages[i], grids[i]
-        table = resize_relative_pos(stage.table, *own_grids[i], *grid).contiguous()
+        table = resize_relative_pos(stage.table, *own_grids[i], *grid)
+        table = table.contiguous() if stage.table.is_contiguous() else align_rows(table)  # as the program's own
         stem = packed.stem if i == 0 else None
         if chunk_bytes is None:
             x = _stage(stem, stage, table, x, functions)
@@ -114,7 +116,15 @@ def _public(packed: PackedModel, index: int, x: Tensor) -> Tensor:
     return nchw(x[..., : packed.stages[index].patch_embed.channels].contiguous())
 
 
-def _check_input(packed: PackedModel, x: Tensor) -> None:
+def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """The program has its own dtypes."""
+    if device.type == "meta":  # which autocast does not know
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+def check_input(packed: PackedModel, x: Tensor) -> None:
+    """Raise what :func:`run` raises on an ``x`` that does not fit, but for its size."""
     if not isinstance(x, Tensor) or x.dim() != 4 or x.shape[1] != packed.in_chans:
         hint = "; add the batch dimension with x.unsqueeze(0)" if isinstance(x, Tensor) and x.dim() == 3 else ""
         raise ValueError(f"the input must have shape (B, {packed.in_chans}, H, W), got {shape_of(x)}{hint}")

@@ -7,7 +7,10 @@ it to fuse, is what cuBLAS does best.
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -48,11 +51,38 @@ def attention(step: program.Attention, kv_step: program.KV, y: Tensor, keys_valu
 TRITON = StepFunctions(lpu=lpu, attention=attention)
 
 
+def prepare(packed: PackedModel) -> tuple[PackedModel, StepFunctions]:
+    """The program with its tables laid out for kernels, and the functions to run it with, whatever the process-wide setting is."""
+    return align_tables(packed), choosing("auto")
+
+
 def align_tables(packed: PackedModel) -> PackedModel:
     """The same program, the rows of its position bias tables a multiple of 16 elements apart (:func:`align_rows`)."""
     stages = tuple(dataclasses.replace(stage, table=align_rows(stage.table)) for stage in packed.stages)
     return dataclasses.replace(packed, stages=stages)
 
 
+class _Wanted(threading.local):
+    """The backend that steps of this thread ask for; None for the process-wide setting."""
+
+    backend: str | None = None
+
+
+_wanted = _Wanted()
+
+
+def choosing(backend: str) -> StepFunctions:
+    """:data:`TRITON`, asking for ``backend`` whatever the process-wide setting is."""
+    return StepFunctions(**{f.name: partial(_ask, backend, f.name) for f in dataclasses.fields(StepFunctions)})
+
+
+def _ask(backend: str, step: str, *arguments: Any) -> Any:
+    _wanted.backend = backend
+    try:
+        return getattr(TRITON, step)(*arguments)
+    finally:
+        _wanted.backend = None
+
+
 def _takes_triton(step: str, x: Tensor, reasons: Callable[[], list[str]]) -> bool:
-    return select(step, {"triton": reasons}, device=x.device) == "triton"
+    return select(step, {"triton": reasons}, _wanted.backend, device=x.device) == "triton"

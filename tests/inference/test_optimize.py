@@ -336,7 +336,9 @@ def test_explain():
     model, x = random_model(), images(1)
     fast = cmt_fast.optimize(model)
     name = "packed CMT, float32 on cpu"
-    assert str(fast.explain()) == f"{name}: native (1 call)"
+    assert (
+        str(fast.explain()) == f"{name}: native (1 call)\n    not triton: Triton kernels run on CUDA tensors, got cpu"
+    )
     assert cmt_fast.explain(fast, x).calls == {(name, "native"): 1}
     assert f"{name}, img_size=(64, 64), backend=native" in repr(fast)
     plain = cmt_fast.optimize(model, backend="reference")

@@ -64,7 +64,7 @@ def prepare(packed: PackedModel) -> tuple[PackedModel, StepFunctions]:
     Raises:
         BackendError: if the compiled library cannot run ``packed``; the message says why.
     """
-    if reasons := native_reasons(packed):
+    if reasons := native_reasons(packed.device, packed.dtype):
         raise BackendError(f"the compiled library cannot run this packed model: {'; '.join(reasons)}")
     if packed.dtype == torch.bfloat16 and multiplies_bfloat16():
         return packed, NATIVE_BETWEEN
