@@ -43,6 +43,11 @@ class Rates:
     tensor: float
     issue: float
 
+    def floor_us(self, moved: int, flops: int, instructions: float = 0.0) -> float:
+        """Microseconds that a kernel takes at least, which moves so many bytes."""
+        rate = self.cache if moved < 0.6 * self.cache_bytes else self.copy
+        return 1e6 * max(moved / rate, flops / self.tensor, instructions / self.issue)
+
 
 GPUS = {
     "H100": Rates(3.0e12, 5.5e12, 50e6, 798e12, 132 * 128 * 1.70e9),
@@ -138,23 +143,17 @@ def rows(kernel: str, shape: StageShape, dtype: str, arch: int) -> Iterator[Row]
             planned=planned,
             spills_accepted=plan.spill_stores if plan else 0,
             bytes=launch.reads + launch.writes,
-            floor_us={name: _floor(launch, planned or instructions or 0.0, gpu) for name, gpu in GPUS.items()},
+            floor_us={
+                name: gpu.floor_us(
+                    launch.reads + launch.writes, launch.flops, (planned or instructions or 0.0) * launch.elements
+                )
+                for name, gpu in GPUS.items()
+            },
         )
 
 
-def _floor(launch: Launch, instructions: float, gpu: Rates) -> float:
-    moved = launch.reads + launch.writes
-    rate = gpu.cache if moved < 0.6 * gpu.cache_bytes else gpu.copy
-    return 1e6 * max(moved / rate, launch.flops / gpu.tensor, instructions * launch.elements / gpu.issue)
-
-
 def _tile(launch: Launch) -> str:
-    sizes = {name: value for name, value in launch.constants.items() if name.startswith(TILE_CONSTANTS)}
-    return " ".join(f"{name.lower().removeprefix('block_')}={value}" for name, value in sizes.items())
-
-
-#: How the constants that make a tile begin.
-TILE_CONSTANTS = ("BLOCK", "WINDOWS", "PAIRS", "ROWS")
+    return " ".join(f"{name.lower().removeprefix('block_')}={value}" for name, value in launch.tile.items())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
