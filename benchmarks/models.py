@@ -25,14 +25,16 @@ from benchmarks.store import RESULTS, ResultFile
 from cmt_fast.models.variants import VARIANTS
 from cmt_fast.testing.benchmark import DTYPES, bench
 from cmt_fast.testing.fresh import measure_fresh
-from cmt_fast.testing.providers import PROVIDERS
+from cmt_fast.testing.providers import COMPILED_ON_GPU, PROVIDERS
 from cmt_fast.training.config import find_device
 
 #: By what they tell: the variant that the literature compares, then the others.
 ORDER = ("cmt_s", "cmt_ti", "cmt_xs", "cmt_b")
 
-#: All but two that take minutes: our own code compiled, which is for training, and a tuning that needs an idle machine.
-DEFAULT_PROVIDERS = tuple(name for name in PROVIDERS if name not in ("compile", "original-freezing-max-autotune"))
+#: All but some that take minutes: our own code compiled, which is for training, a tuning that needs an idle machine, and what is for GPUs.
+DEFAULT_PROVIDERS = tuple(
+    name for name in PROVIDERS if name not in ("compile", "original-freezing-max-autotune", *COMPILED_ON_GPU)
+)
 
 
 class Setting(NamedTuple):

@@ -14,7 +14,7 @@ from cmt_fast.testing.benchmark import bench
 from cmt_fast.testing.fresh import measure_fresh
 from cmt_fast.testing.original_code import original_folder
 from cmt_fast.testing.precision import precision
-from cmt_fast.testing.providers import BASELINE, PROVIDERS
+from cmt_fast.testing.providers import BASELINE, COMPILED_ON_GPU, PROVIDERS
 
 #: What takes long before it can be timed, and how many seconds, roughly. The others take about ten.
 SLOW = {"onnxruntime": 40.0, "onnxruntime-packed": 40.0}
@@ -37,6 +37,8 @@ def plan(settings: Settings, mode: str) -> Iterator[Measurement]:
         for batch in (settings.batches if mode == "inference" else _training_batches(settings))
     ]
     providers = INFERENCE if mode == "inference" else TRAINING
+    if not settings.gpu:
+        providers = tuple(name for name in providers if name not in COMPILED_ON_GPU)
     if not original_folder():
         providers = tuple(name for name in providers if name != "original-code")
     if settings.quick:

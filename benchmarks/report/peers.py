@@ -98,10 +98,10 @@ def _rows(settings: Settings, peer: Peer, batch: int, provider: str) -> Iterator
     """One row: the model in turns with the first peer."""
     p, anchor = precision(settings.dtypes[0]), PEERS[0]
     size = QUICK_SIZE if settings.quick and peer.any_size else peer.img_size
-    make = _cmt_call if peer.model in VARIANTS else _timm_call
+    make = _cmt_call if peer.model in VARIANTS else timm_call
     calls = {
         "this": make(peer.model, batch, size, provider, p, settings.device),
-        "anchor": _timm_call(anchor.model, batch, anchor.img_size, "eager", p, settings.device),
+        "anchor": timm_call(anchor.model, batch, anchor.img_size, "eager", p, settings.device),
     }
     timings = measure_interleaved(calls, seconds=settings.seconds, device=settings.device)
     t, base = timings["this"], timings["anchor"]
@@ -133,16 +133,18 @@ def _cmt_call(
     return call
 
 
-def _timm_call(name: str, batch: int, size: int, mode: str, p: Precision, device: torch.device) -> Callable[[], object]:
+def timm_call(name: str, batch: int, size: int, mode: str, p: Precision, device: torch.device) -> Callable[[], object]:
+    """``mode``: eager, or compile with torch.compile's own modes and ``-channels-last`` behind it: compile-max-autotune-channels-last."""
     import timm
 
     model: nn.Module = timm.create_model(name).to(device, p.dtype).eval()
     images = make_images(batch, size, p, device)
-    if mode == "compile-channels-last":
+    if mode.endswith("-channels-last"):
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         images = images.contiguous(memory_format=torch.channels_last)
     if mode != "eager":
-        model = torch.compile(model, dynamic=False)  # type: ignore[assignment]
+        own = mode.removesuffix("-channels-last").removeprefix("compile").removeprefix("-") or "default"
+        model = torch.compile(model, dynamic=False, mode=own)  # type: ignore[assignment]
 
     def call() -> object:
         with torch.inference_mode(), p.context(device):

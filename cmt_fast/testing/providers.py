@@ -65,15 +65,15 @@ def eager(module: Callable[[Tensor], Tensor], p: Precision, backend: str = "refe
     return forward
 
 
-def _compiled(module: nn.Module, p: Precision, backend: str = "reference") -> Forward:
-    """torch.compile, specialised in the shape of the images."""
+def _compiled(module: nn.Module, p: Precision, backend: str = "reference", mode: str | None = None) -> Forward:
+    """torch.compile, specialised in the shape of the images; ``mode`` is torch.compile's."""
 
     def call(images: Tensor) -> Tensor:
         return module(images)
 
     # Dynamo keeps what it compiles by code object, and has a limit for each: every provider gets one of its own.
     own = types.FunctionType(call.__code__.replace(), globals(), closure=call.__closure__)
-    return eager(torch.compile(own, dynamic=False), p, backend)
+    return eager(torch.compile(own, dynamic=False, mode=mode), p, backend)
 
 
 def _frozen(module: nn.Module, images: Tensor, p: Precision, **settings: bool) -> Forward:
@@ -135,7 +135,28 @@ def _session(content: bytes) -> Forward:
     return forward
 
 
+def _original_compiled(mode: str, channels_last: bool) -> Provider:
+    return Provider(
+        f"torch.compile(mode={mode!r}) of the original's operation order"
+        + (", with channels_last weights and images" if channels_last else ""),
+        lambda model, images, p: _compiled(
+            _channels_last(model) if channels_last else OriginalOrder(model), p, mode=mode
+        ),
+        inference_only=True,
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+    )
+
+
 BASELINE = "original"
+
+#: torch.compile's other modes and the other layout: what a GPU is best compared with. On a CPU the modes change nothing but the minutes.
+COMPILED_ON_GPU = {
+    "original-compile-channels-last": _original_compiled("default", True),
+    "original-compile-reduce-overhead": _original_compiled("reduce-overhead", False),
+    "original-compile-reduce-overhead-channels-last": _original_compiled("reduce-overhead", True),
+    "original-compile-max-autotune": _original_compiled("max-autotune", False),
+    "original-compile-max-autotune-channels-last": _original_compiled("max-autotune", True),
+}
 
 #: By name, the baseline first.
 PROVIDERS: dict[str, Provider] = {
@@ -196,6 +217,7 @@ PROVIDERS: dict[str, Provider] = {
         "torch.compile of the original's operation order",
         lambda model, images, p: _compiled(OriginalOrder(model), p),
     ),
+    **COMPILED_ON_GPU,
     "original-freezing": Provider(
         "the same with Inductor's freezing: weights are constants, folded and laid out for oneDNN",
         lambda model, images, p: _frozen(OriginalOrder(model), images, p),

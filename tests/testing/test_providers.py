@@ -9,7 +9,7 @@ from torch import nn
 from cmt_fast.backend import BackendError, machine_reasons
 from cmt_fast.models.cmt import CMT
 from cmt_fast.testing.precision import precision
-from cmt_fast.testing.providers import PROVIDERS, _frozen
+from cmt_fast.testing.providers import COMPILED_ON_GPU, PROVIDERS, _frozen
 from cmt_fast.testing.shapes import SMALL_MODELS
 
 FLOAT32 = precision("float32")
@@ -65,3 +65,16 @@ def test_a_provider_leaves_the_model_as_it_was(name, model, images):
         PROVIDERS[name].make(model, images, FLOAT32)(images)
     for key, value in model.state_dict().items():
         assert value.stride() == before[key][1] and torch.equal(value, before[key][0]), key
+
+
+@pytest.mark.parametrize("name", COMPILED_ON_GPU)
+def test_modes_and_layouts_of_compile(name, model, images, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(torch, "compile", lambda function, **options: seen.update(options) or function)
+    provider = COMPILED_ON_GPU[name]
+    with torch.inference_mode():
+        forward = provider.make(model, images, FLOAT32)
+        torch.testing.assert_close(forward(images.contiguous(memory_format=provider.memory_format)), model(images))
+    assert seen["mode"] in name.replace("original-compile-channels-last", "default")
+    assert (provider.memory_format == torch.channels_last) == name.endswith("channels-last")
+    assert "inference only" in provider.unsupported(FLOAT32, "training")
