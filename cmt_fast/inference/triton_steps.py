@@ -73,7 +73,8 @@ _wanted = _Wanted()
 
 def choosing(backend: str) -> StepFunctions:
     """:data:`TRITON`, asking for ``backend`` whatever the process-wide setting is."""
-    return StepFunctions(**{f.name: partial(_ask, backend, f.name) for f in dataclasses.fields(StepFunctions)})
+    steps = [f.name for f in dataclasses.fields(StepFunctions) if getattr(TRITON, f.name) is not None]
+    return StepFunctions(**{step: partial(_ask, backend, step) for step in steps})
 
 
 def _ask(backend: str, step: str, *arguments: Any) -> Any:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from cmt_fast.inference import program
 from cmt_fast.inference.pack import pack
 from cmt_fast.inference.packed_io import put_together, take_apart
 from cmt_fast.inference.program import PackedModel
@@ -97,14 +98,15 @@ class _Tracer(TorchDispatchMode):
         """``functions``, telling which step runs."""
 
         def call(name: str, *arguments: Any) -> Any:
-            self.stages += name == "patch_embed"
+            self.stages += any(isinstance(argument, program.PatchEmbed) for argument in arguments)
             self.step = name
             result = getattr(functions, name)(*arguments)
             self._take()
             self.step = ""
             return result
 
-        return StepFunctions(**{field.name: partial(call, field.name) for field in fields(StepFunctions)})
+        steps = [field.name for field in fields(StepFunctions) if getattr(functions, field.name) is not None]
+        return StepFunctions(**{step: partial(call, step) for step in steps})
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         self._take()
