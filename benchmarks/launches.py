@@ -10,10 +10,11 @@ import torch
 from cmt_fast.inference.program import Padding, round_up
 from cmt_fast.ops._triton.device import DeviceLimits
 from cmt_fast.ops._triton.launch import Launch
+from cmt_fast.ops._triton.linear_launch import linear_launch
 from cmt_fast.ops.attention.triton_launch import attention_launch
 from cmt_fast.ops.depthwise.triton_launch import conv3x3_launch, reduce_launch
 from cmt_fast.ops.depthwise.triton_train_launch import conv3x3_backward_launch, reduce_backward_launch
-from cmt_fast.ops.lmhsa.triton_launch import absorbed_launch, linear_launch, projected_launch
+from cmt_fast.ops.lmhsa.triton_launch import absorbed_launch, projected_launch
 from cmt_fast.ops.lpu.triton_launch import lpu_reduce_launch
 from cmt_fast.testing.shapes import StageShape
 

@@ -309,15 +309,16 @@ def test_mutation(name, monkeypatch, tmp_path, on):
 
 def failures(monkeypatch, tmp_path, on, old, new) -> list[str]:
     """Which forms of the sub-layer leave the policy when the kernels' source is changed."""
-    from cmt_fast.ops._triton import attend
+    from cmt_fast.ops._triton import attend, linear, linear_launch
     from cmt_fast.ops.attention import triton_kernels as attention_kernels
     from cmt_fast.ops.attention import triton_launch as attention_launch
     from cmt_fast.ops.lmhsa import triton_kernels
 
-    modules = [attend, attention_kernels, triton_kernels]
-    _, attention_kernels, kernels = mutate(monkeypatch, tmp_path, modules, old, new)
+    modules = [attend, attention_kernels, linear, triton_kernels]
+    _, attention_kernels, linear, kernels = mutate(monkeypatch, tmp_path, modules, old, new)
     monkeypatch.setattr(attention_launch, "reduced_kv_attention_kernel", attention_kernels.reduced_kv_attention_kernel)
-    for name in ("absorbed_attention_kernel", "projected_attention_kernel", "linear_kernel"):
+    monkeypatch.setattr(linear_launch, "linear_kernel", linear.linear_kernel)
+    for name in ("absorbed_attention_kernel", "projected_attention_kernel"):
         monkeypatch.setattr(triton_launch, name, getattr(kernels, name))
     on(multiprocessors=1)
     wrong = []

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from cmt_fast.ops._triton.attend import attend
-from cmt_fast.ops._triton.norm import normalise_rows
+from cmt_fast.ops._triton.linear import normal_rows
 from cmt_fast.ops._triton.tiles import load_tile
 
 
@@ -51,7 +51,7 @@ def absorbed_attention_kernel(
     out += (image * tokens + first) * C
     table += first * table_row
     keys_values += image * keys * KV_ROW
-    normal = _normal_rows(x, queries, eps, C, CHANNELS, BLOCK_N, BLOCK_C)
+    normal = normal_rows(x, queries, eps, C, CHANNELS, BLOCK_N, BLOCK_C)
     total = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
     for head in range(HEADS):
         total += attend(
@@ -132,7 +132,7 @@ def projected_attention_kernel(
     out += (image * tokens + first) * C
     table += first * table_row
     keys_values += image * keys * KV_ROW
-    normal = _normal_rows(x, queries, eps, C, CHANNELS, BLOCK_N, BLOCK_C)
+    normal = normal_rows(x, queries, eps, C, CHANNELS, BLOCK_N, BLOCK_C)
     total = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
     for head in range(HEADS):
         weight = load_tile(query_weight + head * KEY_DIM * C, C, 0, KEY_DIM, 0, C, BLOCK_K, BLOCK_C)
@@ -169,14 +169,6 @@ def projected_attention_kernel(
 
 
 @triton.jit
-def _normal_rows(x, rows, eps, C: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
-    """LayerNorm of the first rows of x, without its affine, in the dtype of x: (BLOCK_N, BLOCK_C)."""
-    wide = load_tile(x, C, 0, rows, 0, C, BLOCK_N, BLOCK_C).to(tl.float32)
-    counted = tl.arange(0, BLOCK_C)[None, :] < CHANNELS
-    return normalise_rows(wide, counted, CHANNELS, eps, CHANNELS < BLOCK_C).to(x.dtype.element_ty)
-
-
-@triton.jit
 def _store_with_shortcut(out, x, branch, bias, rows, C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
     """out = x + branch + bias. x is read again, from the cache: holding it would take registers from the products."""
     row, c = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_C)[None, :]
@@ -184,70 +176,3 @@ def _store_with_shortcut(out, x, branch, bias, rows, C: tl.constexpr, BLOCK_N: t
     branch += tl.load(bias + c, c < C, 0.0)
     branch += tl.load(x + row * C + c, inside, 0.0, eviction_policy="evict_first").to(tl.float32)
     tl.store(out + row * C + c, branch.to(out.dtype.element_ty), inside)
-
-
-@triton.jit
-def linear_kernel(
-    x,
-    weight,
-    bias,
-    shortcut,
-    out,
-    rows,
-    eps,
-    C: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    OUT: tl.constexpr,
-    NORM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """out = x weight^T + bias, of x itself or (NORM) of its LayerNorm, plus a shortcut if there is one.
-
-    Args:
-        x: (rows, C). weight: (OUT, C). bias: (OUT,). shortcut: (rows, OUT), or None. out: (rows, OUT).
-        CHANNELS: how many of C are not padding.
-    """
-    tiles = tl.cdiv(OUT, BLOCK_OUT)
-    first = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_N
-    column = tl.program_id(0) % tiles * BLOCK_OUT
-    left = rows - first
-    x += first * C
-    if NORM:
-        mean, scale = _row_statistics(x, left, eps, C, CHANNELS, BLOCK_N, BLOCK_C)
-    total = tl.zeros([BLOCK_N, BLOCK_OUT], tl.float32)
-    for start in range(0, C, BLOCK_C):
-        tile = load_tile(x, C, 0, left, start, C, BLOCK_N, BLOCK_C)
-        if NORM:
-            counted = start + tl.arange(0, BLOCK_C)[None, :] < CHANNELS
-            normal = (tile.to(tl.float32) - mean[:, None]) * scale[:, None]
-            tile = tl.where(counted, normal, 0.0).to(x.dtype.element_ty)
-        weights = load_tile(weight + column * C, C, 0, OUT - column, start, C, BLOCK_OUT, BLOCK_C)
-        total = tl.dot(tile, tl.trans(weights), total, input_precision=PRECISION)
-    row, o = tl.arange(0, BLOCK_N)[:, None], column + tl.arange(0, BLOCK_OUT)[None, :]
-    inside = (row < left) & (o < OUT)
-    total += tl.load(bias + o, o < OUT, 0.0)
-    if shortcut is not None:
-        total += tl.load(shortcut + first * OUT + row * OUT + o, inside, 0.0).to(tl.float32)
-    tl.store(out + first * OUT + row * OUT + o, total.to(out.dtype.element_ty), inside)
-
-
-@triton.jit
-def _row_statistics(
-    x, rows, eps, C: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """Mean and 1 / sqrt(variance + eps) of each row, (BLOCK_N,) each, merged chunk by chunk (Chan): nothing cancels."""
-    mean = tl.zeros([BLOCK_N], tl.float32)
-    squares = tl.zeros([BLOCK_N], tl.float32)
-    for start in range(0, CHANNELS, BLOCK_C):
-        tile = load_tile(x, C, 0, rows, start, CHANNELS, BLOCK_N, BLOCK_C).to(tl.float32)
-        count = tl.minimum(BLOCK_C, CHANNELS - start)
-        part = tl.sum(tile, 1) / count
-        counted = start + tl.arange(0, BLOCK_C)[None, :] < CHANNELS
-        centred = tl.where(counted, tile - part[:, None], 0.0)
-        share = count / (start + count)
-        squares += tl.sum(centred * centred, 1) + (part - mean) * (part - mean) * start * share
-        mean += (part - mean) * share
-    return mean, tl.rsqrt(squares / CHANNELS + eps)
