@@ -12,16 +12,42 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cmt_fast.backend import select
 from cmt_fast.inference import program, torch_steps
 from cmt_fast.inference.program import PackedModel, align_rows
 from cmt_fast.inference.torch_steps import StepFunctions
+from cmt_fast.ops.head.reasons import head_reasons
+from cmt_fast.ops.head.schema import head_features_triton, head_linear_triton
+from cmt_fast.ops.layout import nchw
 from cmt_fast.ops.lmhsa.reasons import absorbed_attention_reasons, projected_attention_reasons
 from cmt_fast.ops.lmhsa.schema import absorbed_attention_triton, projected_attention_triton
 from cmt_fast.ops.lpu.reasons import lpu_reduce_reasons
 from cmt_fast.ops.lpu.schema import lpu_reduce_triton
+from cmt_fast.ops.patch_embed.reasons import patch_embed_reasons
+from cmt_fast.ops.patch_embed.schema import patch_embed_triton
+from cmt_fast.ops.stem.reasons import stem_reasons
+from cmt_fast.ops.stem.schema import stem_triton
+
+
+def stem(step: program.Stem, x: Tensor) -> Tensor:
+    """(B, in_chans, H, W), any strides -> (B, ceil(H / 2), ceil(W / 2), S)."""
+    first = (step.weight1, step.bias1, step.scale1, step.shift1)
+    second = (step.weight2, step.bias2, step.scale2, step.shift2)
+    third = (step.weight3, step.bias3)
+    if _takes_triton("packed stem", x, lambda: stem_reasons(x, first, second, third)):
+        return stem_triton(x, *first, *second, *third)
+    return torch_steps.stem(step, x)
+
+
+def patch_embed(step: program.PatchEmbed, x: Tensor) -> Tensor:
+    """(B, H, W, C_in) -> (B, H // 2, W // 2, C)."""
+    parameters = (step.weight, step.bias, step.scale, step.shift)
+    if _takes_triton("packed patch_embed", x, lambda: patch_embed_reasons(x, *parameters)):
+        return patch_embed_triton(x, *parameters, step.channels, step.eps)
+    return torch_steps.patch_embed(step, x)
 
 
 def lpu(step: program.LPU, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,8 +73,25 @@ def attention(step: program.Attention, kv_step: program.KV, y: Tensor, keys_valu
     return torch_steps.attention(step, kv_step, y, keys_values, table)
 
 
+def head(step: program.Head, x: Tensor) -> Tensor:
+    """(B, H, W, C) -> (B, classes), or the features before the classifier, (B, features) or (B, features, H, W)."""
+    weights = (step.weight, step.hidden_weight, step.class_weight)
+    biases = (step.bias, step.hidden_bias, step.class_bias)
+    if not _takes_triton("packed head", x, lambda: head_reasons(x, weights, biases)):
+        return torch_steps.head(step, x)
+    # Rows of the last weight beyond `features` are padding, and left out.
+    last = None if step.class_weight is not None else step.features
+    rows = last if step.hidden_weight is None else None
+    x = head_features_triton(x, step.weight[:rows], step.bias[:rows], step.pool)
+    if step.hidden_weight is not None and step.hidden_bias is not None:
+        x = torch.tanh(head_linear_triton(x, step.hidden_weight[:last], step.hidden_bias[:last]))
+    if step.class_weight is not None and step.class_bias is not None:
+        return head_linear_triton(x, step.class_weight, step.class_bias)
+    return x if step.pool else nchw(x)
+
+
 #: The best function for each step. ``use_backend("triton")`` insists on kernels, ``use_backend("reference")`` on plain PyTorch.
-TRITON = StepFunctions(lpu=lpu, attention=attention)
+TRITON = StepFunctions(stem=stem, patch_embed=patch_embed, lpu=lpu, attention=attention, head=head)
 
 
 def prepare(packed: PackedModel) -> tuple[PackedModel, StepFunctions]:

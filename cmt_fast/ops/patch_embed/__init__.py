@@ -1,0 +1,1 @@
+"""Patch embedding of a packed model: 2x2 patches, matrix product, LayerNorm."""

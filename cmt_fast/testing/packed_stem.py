@@ -1,0 +1,74 @@
+"""A seeded stem of a packed model with its image: what tests and benchmarks of its kernels run on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cmt_fast.inference import program
+from cmt_fast.inference.program import Padding, round_up
+from cmt_fast.inference.torch_steps import StepFunctions
+
+
+@dataclass(frozen=True)
+class StemCall:
+    """The arguments of :func:`cmt_fast.inference.torch_steps.stem`."""
+
+    step: program.Stem
+    x: Tensor
+
+    def run(self, functions: StepFunctions) -> Tensor:
+        """(B, ceil(H / 2), ceil(W / 2), S)."""
+        return functions.stem(self.step, self.x)
+
+    def double(self) -> StemCall:
+        """The same numbers in float64."""
+        tensors = {name: tensor.double() for name, tensor in vars(self.step).items()}
+        return StemCall(program.Stem(**tensors), self.x.double())
+
+
+def stem_call(
+    shape: tuple[int, int, int, int],
+    width: int,
+    dtype: torch.dtype,
+    *,
+    padding: Padding | None = None,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> StemCall:
+    """A stem of ``width`` channels on an image of ``shape`` (B, in_chans, H, W): activations of size 1, padded channels 0, no other term 0.
+
+    Args:
+        dtype: of the image and the weights; biases and affines are float32.
+        padding: of the width, ``Padding()`` by default.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    pad = round_up(width, (padding or Padding()).channels) - width
+    chans = shape[1]
+
+    def normal(*sizes: int, std: float = 1.0, mean: float = 0.0) -> Tensor:
+        return (torch.randn(sizes, generator=generator) * std + mean).to(device)
+
+    def weight(inputs: int, inner_pad: int) -> Tensor:
+        w = normal(width, 3, 3, inputs, std=(9 * inputs) ** -0.5)
+        return F.pad(w, (0, inner_pad, 0, 0, 0, 0, 0, pad)).to(dtype)
+
+    def vector(std: float, mean: float = 0.0) -> Tensor:
+        return F.pad(normal(width, std=std, mean=mean), (0, pad))
+
+    step = program.Stem(
+        weight1=weight(chans, 0),
+        bias1=vector(0.2),
+        scale1=vector(0.3, 1.5),
+        shift1=vector(0.3, -0.5),
+        weight2=weight(width, pad),
+        bias2=vector(0.2),
+        scale2=vector(0.3, 1.5),
+        shift2=vector(0.3, -0.5),
+        weight3=weight(width, pad),
+        bias3=vector(0.2),
+    )
+    return StemCall(step, normal(*shape).to(dtype))
