@@ -1,4 +1,7 @@
-"""The launches of each kernel in each stage of a packed model, or of one in training, from tensors without memory. A new kernel is one line in ``LAUNCHES``."""
+"""The launches of each kernel in each stage of a packed model, or of one in training, from tensors without memory. A new kernel is one line in ``LAUNCHES``.
+
+The stem stands in stage a, before which it runs, and the head in stage d.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,11 @@ from cmt_fast.ops._triton.linear_launch import linear_launch
 from cmt_fast.ops.attention.triton_launch import attention_launch
 from cmt_fast.ops.depthwise.triton_launch import conv3x3_launch, reduce_launch
 from cmt_fast.ops.depthwise.triton_train_launch import conv3x3_backward_launch, reduce_backward_launch
+from cmt_fast.ops.head.triton_launch import features_launch
 from cmt_fast.ops.lmhsa.triton_launch import absorbed_launch, projected_launch
 from cmt_fast.ops.lpu.triton_launch import lpu_reduce_launch
+from cmt_fast.ops.patch_embed.triton_launch import patch_embed_launch
+from cmt_fast.ops.stem.triton_launch import conv_launch
 from cmt_fast.testing.shapes import StageShape
 
 #: A stage (with its batch), the dtype of the stream, and the device to choose tiles for.
@@ -58,6 +64,39 @@ def attention(shape: StageShape, dtype: torch.dtype, limits: DeviceLimits) -> li
     ]
 
 
+def stem(shape: StageShape, dtype: torch.dtype, limits: DeviceLimits) -> list[Launch]:
+    if shape.name[-1] != "a":
+        return []
+    s, matrix = round_up(shape.in_dim, _PAD.channels), partial(torch.empty, device="meta", dtype=dtype)
+    image, vectors = matrix(shape.batch, 3, 4 * shape.height, 4 * shape.width), [_vector(s) for _ in range(3)]
+    y = matrix(shape.batch, 2 * shape.height, 2 * shape.width, s)
+    x, weight = y.permute(0, 3, 1, 2), matrix(s, 3, 3, s)
+    return [
+        conv_launch(image, matrix(s, 3, 3, 3), *vectors, y, 2, limits),
+        conv_launch(x, weight, *vectors, y, 1, limits),
+        conv_launch(x, weight, vectors[0], None, None, y, 1, limits),
+    ]
+
+
+def patch_embed(shape: StageShape, dtype: torch.dtype, limits: DeviceLimits) -> list[Launch]:
+    c_in, c = (round_up(width, _PAD.channels) for width in (shape.in_dim, shape.dim))
+    matrix = partial(torch.empty, device="meta", dtype=dtype)
+    x, y = (matrix(shape.batch, n * shape.height, n * shape.width, width) for n, width in ((2, c_in), (1, c)))
+    vectors = [_vector(c) for _ in range(3)]
+    return [patch_embed_launch(x, matrix(c, 4 * c_in), *vectors, y, shape.dim, 1e-5, limits)]
+
+
+def head(shape: StageShape, dtype: torch.dtype, limits: DeviceLimits) -> list[Launch]:
+    if shape.name[-1] != "d":
+        return []
+    c, matrix = round_up(shape.dim, _PAD.channels), partial(torch.empty, device="meta", dtype=dtype)
+    x, features = matrix(shape.batch, shape.height, shape.width, c), matrix(shape.batch, 1280)
+    return [
+        features_launch(x, matrix(1280, c), _vector(1280), features, limits),
+        linear_launch(features, matrix(1000, 1280), _vector(1000), None, matrix(shape.batch, 1000), None, 0.0, limits),
+    ]
+
+
 def conv3x3(shape: StageShape, dtype: torch.dtype, limits: DeviceLimits) -> list[Launch]:
     """The convolution of a local perception unit in training; the gradient of its map alone is the same with the taps turned."""
     x, weight, bias = _convolution(shape, dtype, 3)
@@ -87,9 +126,12 @@ def _convolution(shape: StageShape, dtype: torch.dtype, k: int) -> tuple[torch.T
 
 
 LAUNCHES: dict[str, MakeLaunches] = {
+    "stem": stem,
+    "patch_embed": patch_embed,
     "lpu": lpu,
     "attention": attention,
     "depthwise_conv3x3": conv3x3,
     "depthwise_conv3x3_backward": conv3x3_backward,
     "depthwise_reduce": reduce,
+    "head": head,
 }

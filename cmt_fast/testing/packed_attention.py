@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,9 +12,8 @@ from torch import Tensor
 from cmt_fast.inference import program
 from cmt_fast.inference.program import Padding, round_up
 from cmt_fast.inference.torch_steps import StepFunctions, kv
+from cmt_fast.testing.packed_double import in_double
 from cmt_fast.testing.shapes import StageShape
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class AttentionCall:
 
     def double(self) -> AttentionCall:
         """The same numbers in float64."""
-        return _double(self)
+        return in_double(self)
 
 
 def attention_call(
@@ -121,14 +119,3 @@ def _pad(x: Tensor, dim: int, multiple: int) -> Tensor:
     sizes = list(x.shape)
     sizes[dim] = round_up(sizes[dim], multiple) - sizes[dim]
     return torch.cat([x, x.new_zeros(sizes)], dim)
-
-
-def _double(x: T) -> T:
-    """A dataclass with its tensors in float64, those of its parts too."""
-    parts = {field.name: getattr(x, field.name) for field in dataclasses.fields(x)}  # type: ignore[arg-type]
-    for name, part in parts.items():
-        if isinstance(part, Tensor):
-            parts[name] = part.double()
-        elif dataclasses.is_dataclass(part):
-            parts[name] = _double(part)
-    return dataclasses.replace(x, **parts)  # type: ignore[type-var]

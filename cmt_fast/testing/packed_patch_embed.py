@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor
 from cmt_fast.inference import program
 from cmt_fast.inference.program import Padding, round_up
 from cmt_fast.inference.torch_steps import StepFunctions
+from cmt_fast.testing.packed_double import in_double
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,7 @@ class PatchEmbedCall:
 
     def double(self) -> PatchEmbedCall:
         """The same numbers in float64."""
-        tensors = {name: value.double() for name, value in vars(self.step).items() if isinstance(value, Tensor)}
-        return PatchEmbedCall(replace(self.step, **tensors), self.x.double())
+        return in_double(self)
 
 
 def patch_embed_call(

@@ -11,6 +11,7 @@ from torch import Tensor
 from cmt_fast.inference import program
 from cmt_fast.inference.program import Padding, round_up
 from cmt_fast.inference.torch_steps import StepFunctions
+from cmt_fast.testing.packed_double import in_double
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,7 @@ class StemCall:
 
     def double(self) -> StemCall:
         """The same numbers in float64."""
-        tensors = {name: tensor.double() for name, tensor in vars(self.step).items()}
-        return StemCall(program.Stem(**tensors), self.x.double())
+        return in_double(self)
 
 
 def stem_call(

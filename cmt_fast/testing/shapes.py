@@ -21,6 +21,7 @@ class StageShape:
         sr_ratio: reduction k of keys and values in each direction; 1 for none.
         qk_ratio: queries and keys have ``dim // qk_ratio`` channels.
         bias: whether q, k, v and the convolutions have biases.
+        in_dim: channels before the patch embedding: of the stage before, of the stem in stage a; 0 where there is none.
     """
 
     name: str
@@ -33,6 +34,7 @@ class StageShape:
     sr_ratio: int
     qk_ratio: int = 1
     bias: bool = True
+    in_dim: int = 0
 
     @property
     def queries(self) -> int:
@@ -59,10 +61,11 @@ def stage_shapes(variant: str, batch: int = 1, img_size: int | None = None) -> l
     config = VARIANTS[variant].config
     sr_ratios = config.get("sr_ratios", (8, 4, 2, 1))
     grids = stage_grids(image_size(img_size or VARIANTS[variant].resolution), sr_ratios)
+    dims = config["embed_dims"]
     return [
-        StageShape(f"{variant}/{stage}", batch, grid.query[0], grid.query[1], dim, heads, int(dim * ratio), sr)
-        for stage, grid, dim, heads, ratio, sr in zip(
-            "abcd", grids, config["embed_dims"], config["num_heads"], config["mlp_ratios"], sr_ratios
+        StageShape(f"{variant}/{stage}", batch, height, width, dim, heads, int(dim * ratio), sr, in_dim=in_dim)
+        for stage, ((height, width), _), dim, heads, ratio, sr, in_dim in zip(
+            "abcd", grids, dims, config["num_heads"], config["mlp_ratios"], sr_ratios, (config["stem_channel"], *dims)
         )
     ]
 

@@ -16,6 +16,7 @@ from cmt_fast.ops._triton.device import ARCHITECTURES
 from cmt_fast.ops.patch_embed import reasons, triton_kernels, triton_launch
 from cmt_fast.ops.patch_embed.schema import patch_embed_triton
 from cmt_fast.testing.packed_patch_embed import PatchEmbedCall, patch_embed_call
+from cmt_fast.testing.shapes import stage_shapes
 from cmt_fast.testing.tolerance import Comparison, compare
 
 DTYPES = (torch.float32, torch.float16)
@@ -66,10 +67,8 @@ def check(call: PatchEmbedCall) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variants(variant, dtype):
-    config = VARIANTS[variant].config
-    widths = [config["stem_channel"], *config["embed_dims"]]
-    for c_in, dim in zip(widths, widths[1:]):
-        check(patch_embed_call((2, 4, 6, c_in), dim, dtype))
+    for shape in stage_shapes(variant):
+        check(patch_embed_call((2, 4, 6, shape.in_dim), shape.dim, dtype))
 
 
 @pytest.mark.parametrize("part", range(4))

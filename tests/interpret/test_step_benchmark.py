@@ -51,6 +51,27 @@ def test_a_wrong_kernel_gets_no_time(steps, tmp_path, monkeypatch, capsys):
     assert "wrong output 1" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("step", ["stem", "patch_embed"])
+def test_the_steps_before_the_blocks(steps, step):
+    inputs = StageShape("tiny/a", 1, 2, 2, 16, 1, 0, 2, in_dim=8), torch.float16, torch.device("cpu")
+    providers = ("torch", "triton", "copy")
+    rows = {
+        row["provider"]: row
+        for row in steps.measure_step(steps.STEPS[step](*inputs), None, providers, inputs[2], 0.001)
+    }
+    assert all(row["median_us"] > 0 and not row["note"] for row in rows.values())
+    map_, tokens, image = 4 * 4 * 8, 2 * 2 * 16, 3 * 8 * 8
+    matrices, vectors = (8 * 9 * (3 + 8 + 8), 7 * 8) if step == "stem" else (16 * 4 * 8, 3 * 16)
+    assert rows["triton"]["bytes"] == 2 * ((image if step == "stem" else tokens) + map_ + matrices) + 4 * vectors
+
+
+def test_stem_and_head_stand_in_one_stage(steps):
+    for stage in "abcd":
+        inputs = StageShape(f"tiny/{stage}", 1, 2, 2, 16, 1, 0, 2, in_dim=8), torch.float16, torch.device("cpu")
+        assert (steps.STEPS["stem"](*inputs) is not None) == (stage == "a")
+        assert (steps.STEPS["head"](*inputs) is not None) == (stage == "d")
+
+
 @pytest.mark.parametrize("stage", ["a", "c"])
 def test_attention_beside_the_chain_that_it_replaces(steps, stage):
     inputs = StageShape(f"tiny/{stage}", 2, 4, 4, 16, 2, 0, 2), torch.float16, torch.device("cpu")
