@@ -21,7 +21,7 @@ from cmt_fast.ops.head.triton_launch import features_launch
 from cmt_fast.ops.lmhsa.triton_launch import absorbed_launch, projected_launch
 from cmt_fast.ops.lpu.triton_launch import lpu_reduce_launch
 from cmt_fast.ops.patch_embed.triton_launch import patch_embed_launch
-from cmt_fast.ops.stem.triton_launch import conv_launch
+from cmt_fast.ops.stem.triton_launch import conv_embed_launch, conv_launch
 from cmt_fast.testing.shapes import StageShape
 
 #: A stage (with its batch), the dtype of the stream, and the device to choose tiles for.
@@ -65,20 +65,30 @@ def attention(shape: StageShape, dtype: torch.dtype, limits: DeviceLimits) -> li
 
 
 def stem(shape: StageShape, dtype: torch.dtype, limits: DeviceLimits) -> list[Launch]:
+    """Two convolutions, and the third with the patch embedding of stage a: one launch, or two where that is better."""
     if shape.name[-1] != "a":
         return []
-    s, matrix = round_up(shape.in_dim, _PAD.channels), partial(torch.empty, device="meta", dtype=dtype)
+    s, c = (round_up(width, _PAD.channels) for width in (shape.in_dim, shape.dim))
+    matrix = partial(torch.empty, device="meta", dtype=dtype)
     image, vectors = matrix(shape.batch, 3, 4 * shape.height, 4 * shape.width), [_vector(s) for _ in range(3)]
-    y = matrix(shape.batch, 2 * shape.height, 2 * shape.width, s)
-    x, weight = y.permute(0, 3, 1, 2), matrix(s, 3, 3, s)
-    return [
-        conv_launch(image, matrix(s, 3, 3, 3), *vectors, y, 2, limits),
-        conv_launch(x, weight, *vectors, y, 1, limits),
-        conv_launch(x, weight, vectors[0], None, None, y, 1, limits),
+    map_, tokens = (matrix(shape.batch, n * shape.height, n * shape.width, width) for n, width in ((2, s), (1, c)))
+    x, weight, bias = map_.permute(0, 3, 1, 2), matrix(s, 3, 3, s), vectors[0]
+    launches = [
+        conv_launch(image, matrix(s, 3, 3, 3), *vectors, map_, 2, limits),
+        conv_launch(x, weight, *vectors, map_, 1, limits),
     ]
+    embedding = [matrix(c, 4 * s), *(_vector(c) for _ in range(3))]
+    fused = conv_embed_launch(map_, weight, bias, *embedding, tokens, shape.dim, 1e-5, limits)
+    if fused is not None:
+        return [*launches, fused]
+    launches.append(conv_launch(x, weight, bias, None, None, map_, 1, limits))
+    return [*launches, patch_embed_launch(map_, *embedding, tokens, shape.dim, 1e-5, limits)]
 
 
 def patch_embed(shape: StageShape, dtype: torch.dtype, limits: DeviceLimits) -> list[Launch]:
+    """That of stage a belongs to the stem."""
+    if shape.name[-1] == "a":
+        return []
     c_in, c = (round_up(width, _PAD.channels) for width in (shape.in_dim, shape.dim))
     matrix = partial(torch.empty, device="meta", dtype=dtype)
     x, y = (matrix(shape.batch, n * shape.height, n * shape.width, width) for n, width in ((2, c_in), (1, c)))

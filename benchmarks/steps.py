@@ -102,7 +102,7 @@ def record_calls(packed: PackedModel, functions: StepFunctions, images: Tensor) 
         calls.setdefault((name, stage), Call(name, stage, function, arguments, own))
         return function(*arguments)
 
-    run(packed, images, StepFunctions(**{name: partial(call, name) for name in STEPS}))
+    run(packed, images, StepFunctions(**{name: partial(call, name) for name in STEPS if getattr(functions, name)}))
     return calls
 
 

@@ -100,9 +100,12 @@ def _in_chunks(function: Callable[[Tensor], Tensor], x: Tensor, images: int) -> 
 
 def _stage(stem: Stem | None, stage: Stage, table: Tensor, x: Tensor, functions: StepFunctions) -> Tensor:
     """One stage, the first with the stem before it."""
-    if stem is not None:
-        x = functions.stem(stem, x.to(stem.weight1.dtype))
-    x = functions.patch_embed(stage.patch_embed, x)
+    if stem is None:
+        x = functions.patch_embed(stage.patch_embed, x)
+    elif functions.stem_embed is None:
+        x = functions.patch_embed(stage.patch_embed, functions.stem(stem, x.to(stem.weight1.dtype)))
+    else:
+        x = functions.stem_embed(stem, stage.patch_embed, x.to(stem.weight1.dtype))
     for block in stage.blocks:
         y, reduced = functions.lpu(block.lpu, x)
         keys_values = functions.kv(block.kv, reduced)

@@ -94,7 +94,10 @@ def head(step: program.Head, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class StepFunctions:
-    """How a program is run: one function a step. A backend replaces those that it has kernels for."""
+    """How a program is run: one function a step. A backend replaces those that it has kernels for.
+
+    ``stem_embed`` does the stem and the first patch embedding together; None has them done one after the other.
+    """
 
     stem: Callable[[program.Stem, Tensor], Tensor] = stem
     patch_embed: Callable[[program.PatchEmbed, Tensor], Tensor] = patch_embed
@@ -104,6 +107,7 @@ class StepFunctions:
     expand: Callable[[program.Expand, Tensor], Tensor] = expand
     depthwise_project: Callable[[program.DepthwiseProject, Tensor, Tensor], Tensor] = depthwise_project
     head: Callable[[program.Head, Tensor], Tensor] = head
+    stem_embed: Callable[[program.Stem, program.PatchEmbed, Tensor], Tensor] | None = None
 
 
 #: Every step in plain torch ops.

@@ -7,6 +7,7 @@ it to fuse, is what cuBLAS does best.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -28,18 +29,25 @@ from cmt_fast.ops.lpu.reasons import lpu_reduce_reasons
 from cmt_fast.ops.lpu.schema import lpu_reduce_triton
 from cmt_fast.ops.patch_embed.reasons import patch_embed_reasons
 from cmt_fast.ops.patch_embed.schema import patch_embed_triton
-from cmt_fast.ops.stem.reasons import stem_reasons
-from cmt_fast.ops.stem.schema import stem_triton
+from cmt_fast.ops.stem.reasons import stem_embed_reasons, stem_reasons
+from cmt_fast.ops.stem.schema import stem_embed_triton, stem_triton
 
 
 def stem(step: program.Stem, x: Tensor) -> Tensor:
     """(B, in_chans, H, W), any strides -> (B, ceil(H / 2), ceil(W / 2), S)."""
-    first = (step.weight1, step.bias1, step.scale1, step.shift1)
-    second = (step.weight2, step.bias2, step.scale2, step.shift2)
-    third = (step.weight3, step.bias3)
-    if _takes_triton("packed stem", x, lambda: stem_reasons(x, first, second, third)):
-        return stem_triton(x, *first, *second, *third)
+    parts = _convolutions(step)
+    if _takes_triton("packed stem", x, lambda: stem_reasons(x, *parts)):
+        return stem_triton(x, *itertools.chain(*parts))
     return torch_steps.stem(step, x)
+
+
+def stem_embed(step: program.Stem, embed: program.PatchEmbed, x: Tensor) -> Tensor:
+    """:func:`stem`, then :func:`patch_embed`: (B, in_chans, H, W), any strides -> (B, ceil(H / 2) // 2, ceil(W / 2) // 2, C)."""
+    embedding = (embed.weight, embed.bias, embed.scale, embed.shift)
+    parts = (*_convolutions(step), embedding)
+    if _takes_triton("packed stem_embed", x, lambda: stem_embed_reasons(x, *parts)):
+        return stem_embed_triton(x, *itertools.chain(*parts), embed.channels, embed.eps)
+    return torch_steps.patch_embed(embed, torch_steps.stem(step, x))
 
 
 def patch_embed(step: program.PatchEmbed, x: Tensor) -> Tensor:
@@ -91,7 +99,9 @@ def head(step: program.Head, x: Tensor) -> Tensor:
 
 
 #: The best function for each step. ``use_backend("triton")`` insists on kernels, ``use_backend("reference")`` on plain PyTorch.
-TRITON = StepFunctions(stem=stem, patch_embed=patch_embed, lpu=lpu, attention=attention, head=head)
+TRITON = StepFunctions(
+    stem=stem, patch_embed=patch_embed, lpu=lpu, attention=attention, head=head, stem_embed=stem_embed
+)
 
 
 def prepare(packed: PackedModel) -> tuple[PackedModel, StepFunctions]:
@@ -126,6 +136,15 @@ def _ask(backend: str, step: str, *arguments: Any) -> Any:
         return getattr(TRITON, step)(*arguments)
     finally:
         _wanted.backend = None
+
+
+def _convolutions(step: program.Stem) -> tuple[tuple[Tensor, ...], ...]:
+    """Of each convolution the weight, then the bias and, if there is one, the affine."""
+    return (
+        (step.weight1, step.bias1, step.scale1, step.shift1),
+        (step.weight2, step.bias2, step.scale2, step.shift2),
+        (step.weight3, step.bias3),
+    )
 
 
 def _takes_triton(step: str, x: Tensor, reasons: Callable[[], list[str]]) -> bool:

@@ -12,6 +12,7 @@ from cmt_fast.inference import program
 from cmt_fast.inference.program import Padding, round_up
 from cmt_fast.inference.torch_steps import StepFunctions
 from cmt_fast.testing.packed_double import in_double
+from cmt_fast.testing.packed_patch_embed import patch_embed_call
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,41 @@ class StemCall:
     def double(self) -> StemCall:
         """The same numbers in float64."""
         return in_double(self)
+
+
+@dataclass(frozen=True)
+class StemEmbedCall:
+    """A stem and the patch embedding that follows it."""
+
+    step: program.Stem
+    embed: program.PatchEmbed
+    x: Tensor
+
+    def run(self, functions: StepFunctions) -> Tensor:
+        """(B, ceil(H / 2) // 2, ceil(W / 2) // 2, C)."""
+        if functions.stem_embed is None:
+            return functions.patch_embed(self.embed, functions.stem(self.step, self.x))
+        return functions.stem_embed(self.step, self.embed, self.x)
+
+    def double(self) -> StemEmbedCall:
+        """The same numbers in float64."""
+        return in_double(self)
+
+
+def stem_embed_call(
+    shape: tuple[int, int, int, int],
+    width: int,
+    dim: int,
+    dtype: torch.dtype,
+    *,
+    padding: Padding | None = None,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> StemEmbedCall:
+    """A :func:`stem_call` with an embedding in ``dim`` channels."""
+    stem = stem_call(shape, width, dtype, padding=padding, device=device, seed=seed)
+    embed = patch_embed_call((0, 2, 2, width), dim, dtype, padding=padding, device=device, seed=seed)
+    return StemEmbedCall(stem.step, embed.step, stem.x)
 
 
 def stem_call(

@@ -1,6 +1,8 @@
-"""The Triton kernel of the stem's convolutions in the interpreter: against float64, as an operator, and when it is chosen."""
+"""The Triton kernels of the stem in the interpreter: against float64, as operators, and when they are chosen."""
 
 import dataclasses
+import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,14 +10,15 @@ from mutation import mutate
 
 import cmt_fast
 from cmt_fast.inference.program import Padding
-from cmt_fast.inference.torch_steps import TORCH
+from cmt_fast.inference.torch_steps import TORCH, StepFunctions
 from cmt_fast.inference.triton_steps import TRITON
 from cmt_fast.models.variants import VARIANTS
-from cmt_fast.ops._triton import tiles
+from cmt_fast.ops._triton import norm, tiles
 from cmt_fast.ops._triton.device import ARCHITECTURES
 from cmt_fast.ops.stem import triton_kernels, triton_launch
-from cmt_fast.ops.stem.schema import stem_triton
-from cmt_fast.testing.packed_stem import StemCall, stem_call
+from cmt_fast.ops.stem.schema import stem_embed_triton, stem_triton
+from cmt_fast.testing.packed_stem import StemCall, StemEmbedCall, stem_call, stem_embed_call
+from cmt_fast.testing.shapes import stage_shapes
 from cmt_fast.testing.tolerance import Comparison, compare
 
 DTYPES = (torch.float32, torch.float16)
@@ -78,6 +81,63 @@ def test_random_shapes(part, on):
         check(stem_call(shape, width, DTYPES[draw(generator, 0, 1)], padding=padding, seed=seed), width)
 
 
+@pytest.fixture
+def fused_in_float32():
+    """Exact products are not fused; the interpreter makes no others, whatever it is told."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def compared_tokens(call: StemEmbedCall) -> list[Comparison]:
+    tokens, channels = call.run(TRITON), call.embed.channels
+    assert tokens.is_contiguous()
+    padding = tokens[..., channels:]
+    zero = torch.zeros_like(padding)
+    return [
+        compare("padding", padding, zero, zero),
+        compare("tokens", tokens, call.double().run(TORCH), call.run(TORCH)),
+    ]
+
+
+def check_tokens(call: StemEmbedCall) -> None:
+    for result in compared_tokens(call):
+        assert result.passed, str(result)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_with_the_patch_embedding(variant):
+    shape = stage_shapes(variant)[0]
+    check_tokens(stem_embed_call((1, 3, 10, 14), shape.in_dim, shape.dim, torch.float16))
+
+
+@pytest.mark.parametrize("part", range(2))
+def test_random_shapes_with_the_patch_embedding(part, on, fused_in_float32):
+    generator = torch.Generator().manual_seed(part)
+    for seed in range(4):
+        on(multiprocessors=(1, 2)[draw(generator, 0, 1)])
+        shape = (draw(generator, 1, 2), draw(generator, 1, 4), draw(generator, 3, 18), draw(generator, 3, 18))
+        widths = (1, 5, 8, 13)[draw(generator, 0, 3)], draw(generator, 1, 40)
+        padding = Padding(channels=(1, 8)[draw(generator, 0, 1)])
+        check_tokens(stem_embed_call(shape, *widths, DTYPES[draw(generator, 0, 1)], padding=padding, seed=seed))
+
+
+def test_wide_tokens_and_exact_products_take_two_kernels():
+    for call in (
+        stem_embed_call((1, 3, 6, 5), 8, 1030, torch.float16),
+        stem_embed_call((1, 3, 6, 5), 8, 12, torch.float32),
+    ):
+        check_tokens(call)
+        two_steps = StepFunctions(stem=TRITON.stem, patch_embed=TRITON.patch_embed)
+        assert torch.equal(call.run(TRITON), call.run(two_steps))
+
+
+def test_no_token():
+    for shape, tokens in (((0, 3, 8, 6), (0, 2, 1)), ((2, 3, 2, 9), (2, 0, 2))):
+        assert stem_embed_call(shape, 8, 12, torch.float16).run(TRITON).shape == (*tokens, 16)
+
+
 def test_many_channels():
     check(stem_call((1, 40, 4, 6), 5, torch.float16), 5)
     check(stem_call((1, 3, 4, 6), 70, torch.float16), 70)
@@ -132,20 +192,32 @@ def test_opcheck():
     torch.library.opcheck(stem_triton, (call.x.to(memory_format=torch.channels_last), *vars(call.step).values()))
 
 
+def test_opcheck_with_the_patch_embedding():
+    call = stem_embed_call((1, 2, 3, 4), 3, 5, torch.float16)
+    step, embed = call.step, call.embed
+    embedding = (embed.weight, embed.bias, embed.scale, embed.shift, embed.channels, embed.eps)
+    torch.library.opcheck(stem_embed_triton, (call.x, *vars(step).values(), *embedding))
+
+
 def test_auto_takes_it():
     cmt_fast.set_backend("auto")
     call = stem_call((1, 3, 4, 6), 8, torch.float32)
     assert ("packed stem", "triton") in cmt_fast.explain(call.run, TRITON).calls
+    call = stem_embed_call((1, 3, 4, 6), 8, 12, torch.float16)
+    assert ("packed stem_embed", "triton") in cmt_fast.explain(call.run, TRITON).calls
 
 
 def test_compiles_into_one_graph():
     call = stem_call((1, 3, 4, 6), 8, torch.float32)
     step = torch.compile(lambda x: StemCall(call.step, x).run(TRITON), fullgraph=True, backend="eager")
     assert torch.equal(step(call.x), call.run(TRITON))
+    call = stem_embed_call((1, 3, 4, 6), 8, 12, torch.float16)
+    step = torch.compile(lambda x: dataclasses.replace(call, x=x).run(TRITON), fullgraph=True, backend="eager")
+    assert torch.equal(step(call.x), call.run(TRITON))
 
 
 def test_reasons(monkeypatch):
-    def message(call: StemCall) -> str:
+    def message(call: StemCall | StemEmbedCall) -> str:
         with pytest.raises(cmt_fast.BackendError) as error:
             call.run(TRITON)
         return str(error.value)
@@ -162,6 +234,8 @@ def test_reasons(monkeypatch):
     assert "an image and its maps must span less than 2^31 elements, got 4294967296" in message(large)
     with torch.autocast("cpu", torch.bfloat16):
         assert "autocast is on" in message(call)
+    wide = stem_embed_call((1, 3, 4, 4), 8, 5000, torch.float16)
+    assert "5000 channels in torch.float16 do not fit into 232448 bytes of shared memory" in message(wide)
     call.step.bias2.requires_grad_()
     assert "gradients are needed, and this version's Triton kernels are for inference only" in message(call)
     monkeypatch.delenv("TRITON_INTERPRET")
@@ -175,32 +249,72 @@ MUTATIONS = {
     "no lower border": (" & (h < height) &", " &"),
     "no left border": (" & (w >= 0) &", " &"),
     "no right border": (" & (w < width) &", " &"),
-    "rows and columns of a tap exchanged": ("tap // 3, column[None, :] + tap % 3", "tap % 3, column[None, :] + tap // 3"),
-    "no stride across": ("(left + pixel % BLOCK_W) * STRIDE - 1", "(left + pixel % BLOCK_W) - 1"),
-    "no padding above": ("(top + pixel // BLOCK_W) * STRIDE - 1", "(top + pixel // BLOCK_W) * STRIDE"),
+    "rows and columns of a tap exchanged": ("(tap // 3 - 1), column[None, :] + (tap % 3 - 1)", "(tap % 3 - 1), column[None, :] + (tap // 3 - 1)"),
+    "no stride across": ("column * STRIDE", "column"),
+    "no padding above": ("(tap // 3 - 1)", "(tap // 3)"),
     "one channel": ("term % C * channel_stride", "0 * channel_stride"),
     "no bias": ("gelu(total + tl.load(bias + s, s < S, 0.0), EXACT)", "gelu(total, EXACT)"),
     "no affine": ("if scale is not None:", "if False:"),
     "no shift": (" + tl.load(shift + s, s < S, 0.0)", ""),
     "every tile the first of its row": ("tile % tiles_across * BLOCK_W", "0"),
-    "every image the first": ("x += image * image_stride", "x += 0 * image"),
-    "half as many columns": ("down, across = tl.cdiv(height, STRIDE), tl.cdiv(width, STRIDE)", "down, across = tl.cdiv(height, STRIDE), width // STRIDE"),
+    "every image the first": ("x + image * image_stride", "x + 0 * image"),
+    "a column too few": ("down, across = tl.cdiv(height, STRIDE), tl.cdiv(width, STRIDE)", "down, across = tl.cdiv(height, STRIDE), width // STRIDE"),
+}  # fmt: skip
+EMBED_MUTATIONS = {
+    "embedding of the first image": ("x + image * (height * width * S)", "x + 0 * image"),
+    "the left pixels of a patch twice": ("column * 2 + pixel % 2", "column * 2"),
+    "the upper pixels of a patch twice": ("row * 2 + pixel // 2", "row * 2"),
+    "a quarter of the embedding for all": ("embed_weight + pixel * S", "embed_weight"),
+    "no bias before the embedding": ("gelu(map_ + tl.load(bias + s, s < S, 0.0), EXACT)", "gelu(map_, EXACT)"),
+    "no GELU before the embedding": ("gelu(map_ + tl.load(bias + s, s < S, 0.0), EXACT)", "(map_ + tl.load(bias + s, s < S, 0.0))"),
+    "no bias of the embedding": ("total += tl.load(embed_bias + c, c < C, 0.0)", "total += 0.0"),
+    "statistics of padding": ("c < CHANNELS, CHANNELS, eps, CHANNELS < BLOCK_C", "c < C, C, eps, C < BLOCK_C"),
+    "no scale of the embedding": ("normal * tl.load(scale + c, c < C, 0.0)", "normal"),
 }  # fmt: skip
 
 
-def failures(monkeypatch, tmp_path, old: str, new: str) -> list[str]:
-    """What leaves the policy when the kernel's source is changed."""
-    *_, kernels = mutate(monkeypatch, tmp_path, [tiles, triton_kernels], old, new)
-    monkeypatch.setattr(triton_launch, "conv3x3_kernel", kernels.conv3x3_kernel)
-    results = compared(stem_call((2, 3, 5, 37), 5, torch.float16), 5)
-    return [str(result) for result in results if not result.passed]
+@pytest.fixture
+def guards(monkeypatch):
+    """NaN around every map: a wrong kernel may read, and write, some rows beyond."""
+
+    def guarded(*size, dtype, device):
+        numel, guard = math.prod(size), 1 << 13
+        return torch.full((numel + 2 * guard,), float("nan"), dtype=dtype)[guard : guard + numel].view(size)
+
+    monkeypatch.setattr(triton_launch.torch, "empty", guarded)
+    monkeypatch.setattr(triton_launch.torch, "empty_like", lambda x: guarded(*x.shape, dtype=x.dtype, device=x.device))
 
 
-def test_without_a_mutation(monkeypatch, tmp_path):
-    """The call that finds the mutations passes with the kernel as it is."""
-    assert failures(monkeypatch, tmp_path, "if scale is not None:", "if scale is not None:") == []
+def failures(monkeypatch, tmp_path, run: Callable[[], list[Comparison]], old: str, new: str) -> list[str]:
+    """What leaves the policy when the kernels' source is changed."""
+    *_, kernels = mutate(monkeypatch, tmp_path, [norm, tiles, triton_kernels], old, new)
+    for name in ("conv3x3_kernel", "conv3x3_embed_kernel"):
+        monkeypatch.setattr(triton_launch, name, getattr(kernels, name))
+    return [str(result) for result in run() if not result.passed]
+
+
+def convolutions() -> list[Comparison]:
+    call = stem_call((2, 3, 5, 37), 5, torch.float16)
+    return compared(dataclasses.replace(call, x=torch.empty_like(call.x).copy_(call.x)), 5)
+
+
+def embedding() -> list[Comparison]:
+    call = stem_embed_call((2, 1, 10, 14), 5, 6, torch.float16)
+    return compared_tokens(dataclasses.replace(call, x=torch.empty_like(call.x).copy_(call.x)))
+
+
+@pytest.mark.parametrize("run", [convolutions, embedding])
+def test_without_a_mutation(run, monkeypatch, tmp_path, guards):
+    """The calls that find the mutations pass with the kernels as they are."""
+    same = "if scale is not None:"
+    assert failures(monkeypatch, tmp_path, run, same, same) == []
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_mutation(name, monkeypatch, tmp_path):
-    assert failures(monkeypatch, tmp_path, *MUTATIONS[name])
+def test_mutation(name, monkeypatch, tmp_path, guards):
+    assert failures(monkeypatch, tmp_path, convolutions, *MUTATIONS[name])
+
+
+@pytest.mark.parametrize("name", EMBED_MUTATIONS)
+def test_mutation_of_the_embedding(name, monkeypatch, tmp_path, guards):
+    assert failures(monkeypatch, tmp_path, embedding, *EMBED_MUTATIONS[name])

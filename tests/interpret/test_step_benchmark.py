@@ -60,9 +60,9 @@ def test_the_steps_before_the_blocks(steps, step):
         for row in steps.measure_step(steps.STEPS[step](*inputs), None, providers, inputs[2], 0.001)
     }
     assert all(row["median_us"] > 0 and not row["note"] for row in rows.values())
-    map_, tokens, image = 4 * 4 * 8, 2 * 2 * 16, 3 * 8 * 8
-    matrices, vectors = (8 * 9 * (3 + 8 + 8), 7 * 8) if step == "stem" else (16 * 4 * 8, 3 * 16)
-    assert rows["triton"]["bytes"] == 2 * ((image if step == "stem" else tokens) + map_ + matrices) + 4 * vectors
+    image, map_, tokens, embedding = 3 * 8 * 8, 4 * 4 * 8, 2 * 2 * 16, 2 * 16 * 4 * 8 + 4 * 3 * 16
+    stem = 2 * (image + 8 * 9 * (3 + 8 + 8)) + 4 * 7 * 8
+    assert rows["triton"]["bytes"] == 2 * tokens + embedding + (stem if step == "stem" else 2 * map_)
 
 
 def test_stem_and_head_stand_in_one_stage(steps):

@@ -18,13 +18,18 @@ def patch_embed_reasons(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, 
         reasons.append(f"the weight must have the dtype of the map, {x.dtype}")
     if any(t.dtype != torch.float32 for t in (bias, scale, shift)):
         reasons.append("bias, scale and shift must be float32")
-    channels, inputs = weight.shape
     tokens = x.shape[0] * (x.shape[1] // 2) * (x.shape[2] // 2)
+    return reasons + tile_reasons(tokens, weight)
+
+
+def tile_reasons(tokens: int, weight: Tensor) -> list[str]:
+    """Reasons why no tile of the kernel fits a product of so many tokens by ``weight`` (C, 4 C_in)."""
+    reasons, limits = [], device_limits(weight.device)
+    channels, inputs = weight.shape
     if tokens >= 2**31:
         reasons.append(f"there must be less than 2^31 tokens, got {tokens}")
-    limits = device_limits(x.device)
-    if patch_config(tokens, inputs, channels, x.element_size(), is_exact(x.dtype), limits) is None:
+    if patch_config(tokens, inputs, channels, weight.element_size(), is_exact(weight.dtype), limits) is None:
         reasons.append(
-            f"{channels} channels in {x.dtype} do not fit into {limits.shared_memory} bytes of shared memory"
+            f"{channels} channels in {weight.dtype} do not fit into {limits.shared_memory} bytes of shared memory"
         )
     return reasons

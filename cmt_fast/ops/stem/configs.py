@@ -6,20 +6,18 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from cmt_fast.ops._triton.device import DeviceLimits
-from cmt_fast.ops._triton.tiling import LEAST_BLOCK, block, fill
+from cmt_fast.ops._triton.tiling import block, fill
 
 #: Of the image and of the stem: a program does all channels, and its product is unrolled.
 MAX_CHANNELS = 128
 
-#: Results of a tile: 128 pixels of up to 64 channels.
-_MAX_TILE = 128 * 64
-#: Rows and columns of a tile. Its taps read 1.4 times its pixels; those of a row of 128 pixels would read 3 times.
-_ROWS, _COLUMNS = 8, LEAST_BLOCK
+#: Results of a tile: 64 in each thread.
+_MAX_TILE = 64 * 32 * 4
 
 
 @dataclass(frozen=True)
 class ConvConfig:
-    """How :func:`conv3x3_kernel` is launched: rows and columns of a tile, terms of a step of the product, channels, warps."""
+    """How a convolution is launched: rows and columns of a tile, terms of a step of the product, channels, warps."""
 
     block_h: int
     block_w: int
@@ -30,14 +28,36 @@ class ConvConfig:
 
 @lru_cache(maxsize=1024)
 def conv_config(images: int, height: int, width: int, channels: int, outputs: int, limits: DeviceLimits) -> ConvConfig:
-    """The tile for a result (images, height, width, outputs) of an input with ``channels``."""
+    """For :func:`conv3x3_kernel`: the tile for a result (images, height, width, outputs) of an input with ``channels``.
+
+    The taps of 8 x 16 pixels read 1.4 times as many pixels; those of a row of 128 would read 3 times as many.
+    """
     block_s = block(outputs)
-    whole = _round_up(height, _ROWS) * _round_up(width, _COLUMNS)
-    pixels = fill(min(_ROWS * _COLUMNS, _MAX_TILE // block_s), whole, images, limits)
-    # Steps of one tap where that fits: which pixels it loads is then known to the compiler.
-    block_k = channels if channels in (16, 32) else min(block(9 * channels), 32)
-    return ConvConfig(pixels // _COLUMNS, _COLUMNS, block_k, block_s, num_warps=4)
+    pixels = fill(min(128, _MAX_TILE // block_s), _whole_tiles(height, width, 8, 16), images, limits)
+    return ConvConfig(pixels // 16, 16, _terms(channels), block_s, num_warps=4)
 
 
-def _round_up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
+@lru_cache(maxsize=1024)
+def conv_embed_config(
+    images: int, height: int, width: int, channels: int, outputs: int, exact: bool, limits: DeviceLimits
+) -> ConvConfig | None:
+    """For :func:`conv3x3_embed_kernel`: the tile for tokens (images, height, width, outputs) of maps with ``channels``.
+
+    None where two kernels are better: for wide tokens, and for exact float32 products, which spill here.
+    """
+    block_s, block_c = block(channels), block(outputs)
+    if exact or block_s * block_c > 128 * 128:
+        return None
+    tokens = min(64, _MAX_TILE // block_c, _MAX_TILE // block_s)
+    tokens = fill(tokens, _whole_tiles(height, width, 8, 8), images, limits)
+    return ConvConfig(tokens // 8, 8, _terms(channels), block_s, num_warps=4)
+
+
+def _terms(channels: int) -> int:
+    """Of a step of the product: one tap where that fits, so that the compiler knows which pixels it loads."""
+    return channels if channels in (16, 32) else min(block(9 * channels), 32)
+
+
+def _whole_tiles(height: int, width: int, rows: int, columns: int) -> int:
+    """Pixels of a map with those that tiles of rows x columns add to it."""
+    return -(-height // rows) * rows * -(-width // columns) * columns

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from cmt_fast.ops._triton.reasons import DTYPES, call_reasons
+from cmt_fast.ops.patch_embed.reasons import tile_reasons
 from cmt_fast.ops.stem.configs import MAX_CHANNELS
 
 
@@ -32,3 +33,16 @@ def stem_reasons(x: Tensor, *convolutions: tuple[Tensor, ...]) -> list[str]:
     if elements >= 2**31:
         reasons.append(f"an image and its maps must span less than 2^31 elements, got {elements}")
     return reasons
+
+
+def stem_embed_reasons(x: Tensor, *parts: tuple[Tensor, ...]) -> list[str]:
+    """Reasons against ``cmt_fast_triton::stem_embed``; an empty list if it can run.
+
+    Args:
+        x: (B, in_chans, H, W).
+        parts: as in :func:`stem_reasons`, and the patch embedding: its weight, bias, scale and shift.
+    """
+    reasons = stem_reasons(x, *parts)
+    embed_weight = parts[-1][0]
+    tokens = x.shape[0] * ((x.shape[2] + 1) // 4) * ((x.shape[3] + 1) // 4)
+    return reasons + tile_reasons(tokens, embed_weight)
