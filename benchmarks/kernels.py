@@ -11,6 +11,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from cmt_fast.inference.torch_steps import TORCH
 from cmt_fast.inference.triton_steps import TRITON
 from cmt_fast.models.variants import VARIANTS
 from cmt_fast.testing.packed_attention import AttentionCall, attention_call
-from cmt_fast.testing.packed_steps import STEPS, judge, tensors_of
+from cmt_fast.testing.packed_steps import STEPS, judge, runs_in, tensors_of
 from cmt_fast.testing.precision import precision
 from cmt_fast.testing.shapes import StageShape, stage_shapes
 from cmt_fast.testing.timing import Timing, measure_interleaved
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{results.data['machine']}\n-> {results.path}", flush=True)
     any_wrong = False
     for step in options.step or STEPS:
-        for shape in _shapes(options):
+        for shape in filter(partial(runs_in, step), _shapes(options)):
             for dtype in options.dtype or ["bfloat16"]:
                 inputs = shape, precision(dtype).dtype, device
                 chain = CHAINS[step](*inputs) if step in CHAINS else None

@@ -14,6 +14,7 @@ from benchmarks.registry import OPS
 from benchmarks.report.measurement import Measurement
 from benchmarks.report.settings import Settings
 from cmt_fast.backend import BACKENDS, machine_reasons
+from cmt_fast.testing.packed_steps import runs_in
 from cmt_fast.testing.precision import precision
 from cmt_fast.testing.shapes import StageShape, stage_shapes
 
@@ -26,7 +27,7 @@ def plan(settings: Settings) -> Iterator[Measurement]:
         from benchmarks import kernels
 
         for name in kernels.STEPS:
-            for shape in stage_shapes(settings.variants[0], batch, settings.img_size):
+            for shape in filter(partial(runs_in, name), stage_shapes(settings.variants[0], batch, settings.img_size)):
                 call = partial(_gpu_step, settings, name, shape)
                 yield Measurement(f"packed {name} {shape.name}", call, 30.0)
     else:

@@ -12,7 +12,10 @@ from torch import Tensor
 from cmt_fast.inference.program import align_rows
 from cmt_fast.inference.torch_steps import StepFunctions
 from cmt_fast.testing.packed_attention import AttentionCall, attention_call
+from cmt_fast.testing.packed_head import HeadCall, head_call
 from cmt_fast.testing.packed_lpu import lpu_call
+from cmt_fast.testing.packed_patch_embed import PatchEmbedCall, patch_embed_call
+from cmt_fast.testing.packed_stem import StemEmbedCall, stem_embed_call
 from cmt_fast.testing.shapes import StageShape
 from cmt_fast.testing.tolerance import Comparison, compare
 
@@ -33,11 +36,36 @@ def attention(shape: StageShape, dtype: torch.dtype, device: torch.device) -> At
     return dataclasses.replace(call, table=align_rows(call.table))
 
 
+def stem(shape: StageShape, dtype: torch.dtype, device: torch.device) -> StemEmbedCall:
+    """With the patch embedding that makes the tokens of ``shape``."""
+    image = (shape.batch, 3, 4 * shape.height, 4 * shape.width)
+    return stem_embed_call(image, shape.in_dim or shape.dim, shape.dim, dtype, device=device)
+
+
+def patch_embed(shape: StageShape, dtype: torch.dtype, device: torch.device) -> PatchEmbedCall:
+    map_ = (shape.batch, 2 * shape.height, 2 * shape.width, shape.in_dim or shape.dim)
+    return patch_embed_call(map_, shape.dim, dtype, device=device)
+
+
+def head(shape: StageShape, dtype: torch.dtype, device: torch.device) -> HeadCall:
+    return head_call((shape.batch, shape.height, shape.width, shape.dim), dtype, device=device)
+
+
 #: From a stage, a dtype and a device to a call.
 STEPS: dict[str, Callable[[StageShape, torch.dtype, torch.device], StepCall]] = {
+    "stem": stem,
+    "patch_embed": patch_embed,
     "lpu": lambda shape, dtype, device: lpu_call(shape, dtype, device=device),
     "attention": attention,
+    "head": head,
 }
+#: Steps that a model runs in these stages only; the patch embedding of stage a belongs to the stem.
+_STAGES = {"stem": "a", "patch_embed": "bcd", "head": "d"}
+
+
+def runs_in(step: str, shape: StageShape) -> bool:
+    """Whether a model runs ``step`` at ``shape``, whose name ends in its stage; a shape without a name has every step."""
+    return shape.name[-1:] in _STAGES.get(step, "abcd")
 
 
 def judge(outputs: object, exact: object, plain: object) -> list[Comparison]:

@@ -15,7 +15,7 @@ from cmt_fast.inference.torch_steps import TORCH
 from cmt_fast.ops._triton.launch import Launch, record_launches
 from cmt_fast.ops._triton.tunable import Query, read_tables_again, trial
 from cmt_fast.ops._triton.tuned_tables import Table
-from cmt_fast.testing.packed_steps import STEPS, StepCall, judge
+from cmt_fast.testing.packed_steps import STEPS, StepCall, judge, runs_in
 from cmt_fast.testing.poison import poisoned_empty
 from cmt_fast.testing.results import write_json
 from cmt_fast.testing.shapes import StageShape
@@ -101,7 +101,7 @@ def tune(
         A row a launch; equal launches of several steps are one in the table.
     """
     rows: list[Row] = []
-    tasks = [(step, shape, dtype) for shape in shapes for dtype in dtypes for step in steps]
+    tasks = [(step, shape, dtype) for shape in shapes for dtype in dtypes for step in steps if runs_in(step, shape)]
 
     def add(row: Row) -> None:
         rows.append(row)
