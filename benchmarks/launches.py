@@ -18,6 +18,7 @@ from cmt_fast.ops.attention.triton_launch import attention_launch
 from cmt_fast.ops.depthwise.triton_launch import conv3x3_launch, reduce_launch
 from cmt_fast.ops.depthwise.triton_train_launch import conv3x3_backward_launch, reduce_backward_launch
 from cmt_fast.ops.head.triton_launch import features_launch
+from cmt_fast.ops.irffn.triton_launch import depthwise_project_launches, expand_launch
 from cmt_fast.ops.lmhsa.triton_launch import absorbed_launch, projected_launch
 from cmt_fast.ops.lpu.triton_launch import lpu_reduce_launch
 from cmt_fast.ops.patch_embed.triton_launch import patch_embed_launch
@@ -135,6 +136,26 @@ def _convolution(shape: StageShape, dtype: torch.dtype, k: int) -> tuple[torch.T
     return x, _vector(shape.dim, 1, k, k), _vector(shape.dim)
 
 
+def expand(shape: StageShape, dtype: torch.dtype, limits: DeviceLimits) -> list[Launch]:
+    x, hidden, weight = _irffn(shape, dtype)
+    bias, scale, shift = (_vector(hidden.shape[-1]) for _ in range(3))
+    return [expand_launch(x, weight, bias, scale, shift, hidden, shape.dim, 1e-6, limits)]
+
+
+def depthwise_project(shape: StageShape, dtype: torch.dtype, limits: DeviceLimits) -> list[Launch]:
+    """One launch; two where the accumulators of one would not fit, and for float32."""
+    x, hidden, weight = _irffn(shape, dtype)
+    (r, c), parameters = weight.shape, (_vector(9, hidden.shape[-1]), _vector(hidden.shape[-1]))
+    return depthwise_project_launches(hidden, *parameters, weight.new_empty(c, r), _vector(c), x, x, limits)
+
+
+def _irffn(shape: StageShape, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x (B, H, W, C), hidden (B, H, W, R), weight (R, C)."""
+    c, r = round_up(shape.dim, _PAD.channels), round_up(shape.hidden, _PAD.hidden)
+    x = torch.empty(shape.batch, shape.height, shape.width, c, dtype=dtype, device="meta")
+    return x, x.new_empty(*x.shape[:-1], r), x.new_empty(r, c)
+
+
 LAUNCHES: dict[str, MakeLaunches] = {
     "stem": stem,
     "patch_embed": patch_embed,
@@ -144,4 +165,6 @@ LAUNCHES: dict[str, MakeLaunches] = {
     "depthwise_conv3x3_backward": conv3x3_backward,
     "depthwise_reduce": reduce,
     "head": head,
+    "expand": expand,
+    "depthwise_project": depthwise_project,
 }

@@ -78,6 +78,8 @@ PLAN = {
     ("lpu", "d"): Plan(22 + 3.5, 0, "section 3, row sliding"),
     **{("depthwise_conv3x3", stage): Plan(22 + 3.5, 0, "section 3, row sliding") for stage in "abcd"},
     **{("depthwise_conv3x3_backward", stage): Plan(53, 0, "that, and products with nine taps") for stage in "abcd"},
+    **{("expand", stage): Plan(15 + 3.5, 0, "section 3, with asm GELU") for stage in "abcd"},
+    **{("depthwise_project", stage): Plan(52.5 + 3.5, 0, "section 3, 9 shifted loads") for stage in "abcd"},
 }
 
 

@@ -22,6 +22,8 @@ from cmt_fast.inference.program import PackedModel, align_rows
 from cmt_fast.inference.torch_steps import StepFunctions
 from cmt_fast.ops.head.reasons import head_reasons
 from cmt_fast.ops.head.schema import head_features_triton, head_linear_triton
+from cmt_fast.ops.irffn.reasons import depthwise_project_reasons, expand_reasons
+from cmt_fast.ops.irffn.schema import depthwise_project_triton, expand_triton
 from cmt_fast.ops.layout import nchw
 from cmt_fast.ops.lmhsa.reasons import absorbed_attention_reasons, projected_attention_reasons
 from cmt_fast.ops.lmhsa.schema import absorbed_attention_triton, projected_attention_triton
@@ -98,9 +100,32 @@ def head(step: program.Head, x: Tensor) -> Tensor:
     return x if step.pool else nchw(x)
 
 
+def expand(step: program.Expand, z: Tensor) -> Tensor:
+    """(B, H, W, C) -> (B, H, W, R)."""
+    tensors = (z, step.weight, step.bias, step.scale, step.shift)
+    if _takes_triton("packed expand", z, lambda: expand_reasons(*tensors)):
+        return expand_triton(*tensors, step.channels, step.eps)
+    return torch_steps.expand(step, z)
+
+
+def depthwise_project(step: program.DepthwiseProject, hidden: Tensor, z: Tensor) -> Tensor:
+    """hidden (B, H, W, R), z (B, H, W, C) the block's shortcut -> (B, H, W, C)."""
+    tensors = (hidden, step.taps, step.bias, step.weight, step.out_bias, z)
+    if _takes_triton("packed depthwise_project", hidden, lambda: depthwise_project_reasons(*tensors)):
+        return depthwise_project_triton(*tensors)
+    return torch_steps.depthwise_project(step, hidden, z)
+
+
 #: The best function for each step. ``use_backend("triton")`` insists on kernels, ``use_backend("reference")`` on plain PyTorch.
 TRITON = StepFunctions(
-    stem=stem, patch_embed=patch_embed, lpu=lpu, attention=attention, head=head, stem_embed=stem_embed
+    stem=stem,
+    stem_embed=stem_embed,
+    patch_embed=patch_embed,
+    lpu=lpu,
+    attention=attention,
+    expand=expand,
+    depthwise_project=depthwise_project,
+    head=head,
 )
 
 

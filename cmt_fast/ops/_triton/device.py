@@ -10,6 +10,9 @@ import torch
 #: Of a thread, on every architecture.
 MAX_REGISTERS = 255
 
+#: Architectures whose tensor cores read operands from shared memory, not from registers: these have room for larger tiles.
+OPERANDS_IN_SHARED_MEMORY = (90, 100)
+
 
 @dataclass(frozen=True)
 class DeviceLimits:

@@ -85,11 +85,10 @@ def linear_rows(
         mean, scale = row_statistics(x, rows, eps, C, CHANNELS, BLOCK_N, BLOCK_C)
     total = tl.zeros([BLOCK_N, BLOCK_OUT], tl.float32)
     for start in range(0, C, BLOCK_C):
-        tile = load_tile(x, C, 0, rows, start, C, BLOCK_N, BLOCK_C)
         if NORM:
-            counted = start + tl.arange(0, BLOCK_C)[None, :] < CHANNELS
-            normal = (tile.to(tl.float32) - mean[:, None]) * scale[:, None]
-            tile = tl.where(counted, normal, 0.0).to(x.dtype.element_ty)
+            tile = normal_tile(x, mean, scale, rows, start, C, CHANNELS, BLOCK_N, BLOCK_C)
+        else:
+            tile = load_tile(x, C, 0, rows, start, C, BLOCK_N, BLOCK_C)
         weights = load_tile(weight, C, 0, outputs, start, C, BLOCK_OUT, BLOCK_C)
         total = tl.dot(tile, tl.trans(weights), total, input_precision=PRECISION)
     return total
@@ -128,3 +127,14 @@ def row_statistics(x, rows, eps, C: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_
         squares += tl.sum(centred * centred, 1) + (part - mean) * (part - mean) * start * share
         mean += (part - mean) * share
     return mean, tl.rsqrt(squares / CHANNELS + eps)
+
+
+@triton.jit
+def normal_tile(
+    x, mean, scale, rows, start, C: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """LayerNorm of the first rows of x from channel ``start`` on, given :func:`row_statistics`: (BLOCK_N, BLOCK_C) in the dtype of x."""
+    tile = load_tile(x, C, 0, rows, start, C, BLOCK_N, BLOCK_C)
+    counted = start + tl.arange(0, BLOCK_C)[None, :] < CHANNELS
+    normal = (tile.to(tl.float32) - mean[:, None]) * scale[:, None]
+    return tl.where(counted, normal, 0.0).to(x.dtype.element_ty)

@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from cmt_fast.ops._triton.device import DeviceLimits
+from cmt_fast.ops._triton.device import OPERANDS_IN_SHARED_MEMORY, DeviceLimits
 from cmt_fast.ops._triton.tiling import LEAST_BLOCK, around, block, fill, neighbours
 from cmt_fast.ops._triton.tunable import tunable
-
-#: Architectures whose tensor cores read operands from shared memory, not from registers: these have room for a larger tile.
-_OPERANDS_IN_SHARED_MEMORY = (90, 100)
 
 #: Sums that a thread of a fused kernel holds: twice as many were compiled, and spill.
 _SUMS = 64
@@ -59,7 +56,7 @@ def absorbed_config(
     if exact:
         held, keys_held, num_warps = (4096, 32, 8) if wide <= 64 else (2048, 32 if wide <= 128 else 16, 8)
     else:
-        largest = 16384 if limits.arch in _OPERANDS_IN_SHARED_MEMORY else 8192
+        largest = 16384 if limits.arch in OPERANDS_IN_SHARED_MEMORY else 8192
         held = largest if one_tile else 4096
         keys_held, num_warps = 64, 4 if wide <= 64 else 8
     most = max(LEAST_BLOCK, min(128 if one_tile else 64, held // wide))
