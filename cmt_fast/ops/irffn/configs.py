@@ -90,12 +90,11 @@ def _held_config(rows: int, width: int, hidden: int, itemsize: int, limits: Devi
         most_rows //= 2
     while most_hidden > 32 and -(-rows // most_rows) * -(-hidden // most_hidden) < multiprocessors:
         most_hidden //= 2
-    stages = (1,) if in_registers and held > 256 else (2, 1)  # two would leave the rows in registers
     for least in (64, 32, LEAST_BLOCK):
         for block_n in _halved(most_rows, least):
-            for num_stages in stages:
+            for num_stages in (2,) if in_registers else (2, 1):
                 for block_r in _halved(most_hidden, least):
-                    operands = (block_n + num_stages * block_r) * held
+                    operands = (block_n + (num_stages - in_registers) * block_r) * held
                     result = block_n * block_r  # on its way out
                     if (operands + result) * itemsize <= limits.shared_memory:
                         chunks = _chunks(-(-rows // block_n), -(-hidden // block_r), multiprocessors)
