@@ -27,6 +27,7 @@ from cmt_fast.inference.torch_steps import TORCH
 from cmt_fast.inference.triton_steps import TRITON
 from cmt_fast.models.variants import VARIANTS
 from cmt_fast.testing.packed_attention import AttentionCall, attention_call
+from cmt_fast.testing.packed_irffn import DepthwiseProjectCall, depthwise_project_call
 from cmt_fast.testing.packed_steps import STEPS, judge, runs_in, tensors_of
 from cmt_fast.testing.precision import precision
 from cmt_fast.testing.shapes import StageShape, stage_shapes
@@ -34,9 +35,12 @@ from cmt_fast.testing.timing import Timing, measure_interleaved
 from cmt_fast.training.config import find_device
 
 #: By name of a step: the same in plain operations on widths that are not padded, as a model without a packed program has it.
-CHAINS: dict[str, Callable[[StageShape, torch.dtype, torch.device], AttentionChain]] = {
+CHAINS: dict[str, Callable[[StageShape, torch.dtype, torch.device], AttentionChain | DepthwiseProjectChain]] = {
     "attention": lambda shape, dtype, device: AttentionChain(
         attention_call(shape, dtype, absorbed=False, base2=False, padding=Padding(1, 1, 1), device=device)
+    ),
+    "depthwise_project": lambda shape, dtype, device: DepthwiseProjectChain(
+        depthwise_project_call(shape, dtype, padding=Padding(1, 1, 1), device=device)
     ),
 }
 PROVIDERS = ("torch", "compile", "chain", "chain-compile", "triton", "copy")
@@ -65,7 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure_step(
-    call: Any, chain: AttentionChain | None, providers: Sequence[str], device: torch.device, seconds: float
+    call: Any,
+    chain: AttentionChain | DepthwiseProjectChain | None,
+    providers: Sequence[str],
+    device: torch.device,
+    seconds: float,
 ) -> Iterator[dict[str, Any]]:
     """Verify, then time every provider of one step; yields their rows."""
     moved = _bytes(call) + _bytes(call.run(TORCH))
@@ -125,6 +133,26 @@ class AttentionChain:
         q, k, v = (t.unflatten(-1, (h, -1)).transpose(1, 2) for t in parts)
         out = F.scaled_dot_product_attention(q, k, v, self.call.table[None], scale=1.0).transpose(1, 2).flatten(2)
         return y + F.linear(out, step.out_weight, step.out_bias.to(y.dtype)).view_as(y)
+
+
+@dataclass(frozen=True)
+class DepthwiseProjectChain:
+    """The depthwise convolution and its shortcut in the dtype of the map, GELU, the linear layer and the block's shortcut.
+
+    Attributes:
+        call: without padding.
+    """
+
+    call: DepthwiseProjectCall
+
+    def __call__(self) -> Tensor:
+        """(B, H, W, C)."""
+        step, hidden, z = self.call.step, self.call.hidden.permute(0, 3, 1, 2), self.call.z  # NCHW, channels last
+        taps = step.taps.clone()
+        taps[4] -= 1.0
+        weight = taps.t().reshape(-1, 1, 3, 3).to(z.dtype)
+        u = F.conv2d(hidden, weight, step.bias.to(z.dtype), padding=1, groups=len(weight)) + hidden
+        return z + F.linear(F.gelu(u).permute(0, 2, 3, 1), step.weight, step.out_bias.to(z.dtype))
 
 
 def wrong(call: Any, actual: object) -> str:

@@ -13,6 +13,7 @@ from cmt_fast.inference.program import align_rows
 from cmt_fast.inference.torch_steps import StepFunctions
 from cmt_fast.testing.packed_attention import AttentionCall, attention_call
 from cmt_fast.testing.packed_head import HeadCall, head_call
+from cmt_fast.testing.packed_irffn import depthwise_project_call, expand_call
 from cmt_fast.testing.packed_lpu import lpu_call
 from cmt_fast.testing.packed_patch_embed import PatchEmbedCall, patch_embed_call
 from cmt_fast.testing.packed_stem import StemEmbedCall, stem_embed_call
@@ -58,6 +59,8 @@ STEPS: dict[str, Callable[[StageShape, torch.dtype, torch.device], StepCall]] = 
     "lpu": lambda shape, dtype, device: lpu_call(shape, dtype, device=device),
     "attention": attention,
     "head": head,
+    "expand": lambda shape, dtype, device: expand_call(shape, dtype, device=device),
+    "depthwise_project": lambda shape, dtype, device: depthwise_project_call(shape, dtype, device=device),
 }
 #: Steps that a model runs in these stages only; the patch embedding of stage a belongs to the stem.
 _STAGES = {"stem": "a", "patch_embed": "bcd", "head": "d"}
