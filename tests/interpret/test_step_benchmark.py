@@ -87,6 +87,18 @@ def test_attention_beside_the_chain_that_it_replaces(steps, stage):
     assert rows["triton"]["bytes"] == 2 * (2 * 2 * 16 * 16 + 2 * 4 * widths + 2 * 16 * 4) + parameters
 
 
+def test_the_irffn_beside_its_chain(steps):
+    inputs = StageShape("tiny/a", 2, 3, 4, 16, 1, 32, 1), torch.float16, torch.device("cpu")
+    providers = ("torch", "chain", "triton", "copy")
+    for step, vectors in (("expand", 3 * 32), ("depthwise_project", (9 + 1) * 32 + 16)):
+        call, chain = steps.STEPS[step](*inputs), steps.CHAINS[step](*inputs) if step in steps.CHAINS else None
+        rows = {row["provider"]: row for row in steps.measure_step(call, chain, providers, inputs[2], 0.001)}
+        assert all(row["median_us"] > 0 and not row["note"] for row in rows.values())
+        assert ("chain" in rows) == (step == "depthwise_project")
+        maps = 2 * 3 * 4 * (16 + 32 + (16 if step == "depthwise_project" else 0))
+        assert rows["triton"]["bytes"] == 2 * (maps + 16 * 32) + 4 * vectors
+
+
 def test_a_wrong_chain_gets_no_time(steps, monkeypatch):
     right = steps.F.scaled_dot_product_attention
     monkeypatch.setattr(

@@ -45,6 +45,7 @@ class ProjectConfig:
 class DepthwiseConfig:
     """How :func:`depthwise_gelu_kernel` is launched: see there."""
 
+    chunks: int
     quads: int
     block_r: int
     num_warps: int
@@ -82,10 +83,8 @@ def _held_config(rows: int, width: int, hidden: int, itemsize: int, limits: Devi
     multiprocessors, in_registers = limits.multiprocessors, limits.arch not in OPERANDS_IN_SHARED_MEMORY
     main, rest = split_width(width, most=256)
     held = main + rest
-    most_rows, most_hidden = (
-        min(128 if held <= 320 else 64, block(rows)),
-        min(64 if held <= 128 else 128, block(hidden)),
-    )
+    most_rows = min(128 if held <= 320 else 64, block(rows))
+    most_hidden = min(64 if held <= 128 else 128, block(hidden))
     while most_rows > 64 and -(-rows // most_rows) * -(-hidden // 64) < multiprocessors:
         most_rows //= 2
     while most_hidden > 32 and -(-rows // most_rows) * -(-hidden // most_hidden) < multiprocessors:
@@ -94,6 +93,7 @@ def _held_config(rows: int, width: int, hidden: int, itemsize: int, limits: Devi
         for block_n in _halved(most_rows, least):
             for num_stages in (2,) if in_registers else (2, 1):
                 for block_r in _halved(most_hidden, least):
+                    # Where operands go through registers, the stage at work is not kept.
                     operands = (block_n + (num_stages - in_registers) * block_r) * held
                     result = block_n * block_r  # on its way out
                     if (operands + result) * itemsize <= limits.shared_memory:
@@ -131,11 +131,15 @@ def project_config(
 def depthwise_config(images: int, height: int, width: int, hidden: int, limits: DeviceLimits) -> DepthwiseConfig:
     """For :func:`depthwise_gelu_kernel`."""
     block_r = min(128, block(hidden))
-    count = images * -(-height // 2) * -(-width // 2)
+    count, chunks = images * -(-height // 2) * -(-width // 2), -(-hidden // block_r)
     quads = CONVOLVED // block_r
-    while quads > 1 and -(-count // quads) * -(-hidden // block_r) < limits.multiprocessors:
+    while quads > 1 and -(-count // quads) * chunks < limits.multiprocessors:
         quads //= 2
-    return DepthwiseConfig(quads, block_r, num_warps=4)
+    # Several tiles of channels share the positions of their pixels, as long as there are some programs for each multiprocessor.
+    together = chunks
+    while together > 1 and -(-count // quads) * -(-chunks // together) < 8 * limits.multiprocessors:
+        together = -(-together // 2)
+    return DepthwiseConfig(together, quads, block_r, num_warps=4)
 
 
 def map_reasons(height: int, width: int, channels: int) -> list[str]:

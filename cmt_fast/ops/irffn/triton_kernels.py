@@ -157,28 +157,30 @@ def depthwise_gelu_kernel(
     width,
     R: tl.constexpr,
     EXACT: tl.constexpr,
+    CHUNKS: tl.constexpr,
     QUADS: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     """out = GELU(depthwise 3x3 of hidden + bias), what :func:`depthwise_project_kernel` keeps in registers.
 
-    A program does QUADS squares of 2 x 2 pixels and BLOCK_R channels.
+    A program does QUADS squares of 2 x 2 pixels and CHUNKS tiles of channels.
 
     Args:
         hidden, out: (images, height, width, R). taps: (9, R). bias: (R,).
         EXACT: GELU by erf.
     """
-    tiles = tl.cdiv(R, BLOCK_R)
-    first_quad = tl.program_id(0) // tiles * QUADS
-    start = tl.program_id(0) % tiles * BLOCK_R
+    splits = tl.cdiv(R, CHUNKS * BLOCK_R)
+    first_quad = tl.program_id(0) // splits * QUADS
+    begin = tl.program_id(0) % splits * (CHUNKS * BLOCK_R)
     first_image, pixel, i, j, inside = _quads(first_quad, images, height, width, QUADS)
     first_pixel = first_image.to(tl.int64) * (height * width)
     hidden += first_pixel * R
     out += first_pixel * R
-    g = _depthwise_gelu(hidden, taps, bias, start, pixel, i, j, inside, height, width, R, EXACT, QUADS, BLOCK_R)
     token = _tokens(pixel, i, j, inside, height, width, QUADS)
-    r = start + tl.arange(0, BLOCK_R)[None, :]
-    tl.store(out + (token * R + r), g.to(out.dtype.element_ty), (token >= 0) & (r < R))
+    for start in range(begin, min(begin + CHUNKS * BLOCK_R, R), BLOCK_R):
+        g = _depthwise_gelu(hidden, taps, bias, start, pixel, i, j, inside, height, width, R, EXACT, QUADS, BLOCK_R)
+        r = start + tl.arange(0, BLOCK_R)[None, :]
+        tl.store(out + (token * R + r), g.to(out.dtype.element_ty), (token >= 0) & (r < R))
 
 
 @triton.jit

@@ -134,17 +134,26 @@ def depthwise_gelu_launch(hidden: Tensor, taps: Tensor, bias: Tensor, out: Tenso
     """out = GELU(depthwise 3x3 of hidden (B, H, W, R) + bias), all contiguous."""
     images, height, width, r = hidden.shape
     config = depthwise_config(images, height, width, r, limits)
+    chunks = -(-r // config.block_r)
+    splits = -(-chunks // config.chunks)
     return Launch(
         kernel=depthwise_gelu_kernel,
-        grid=(-(-_quads(hidden) // config.quads) * -(-r // config.block_r),),
+        grid=(-(-_quads(hidden) // config.quads) * splits,),
         arguments=dict(hidden=hidden, taps=taps, bias=bias, out=out, images=images, height=height, width=width),
-        constants=dict(R=r, EXACT=hidden.dtype == torch.float32, QUADS=config.quads, BLOCK_R=config.block_r),
+        constants=dict(
+            R=r,
+            EXACT=hidden.dtype == torch.float32,
+            CHUNKS=config.chunks,
+            QUADS=config.quads,
+            BLOCK_R=config.block_r,
+        ),
         num_warps=config.num_warps,
         num_stages=1,
         reads=hidden.nbytes + taps.nbytes + bias.nbytes,
         writes=out.nbytes,
         flops=0,
         elements=hidden.numel(),
+        loops=(chunks / splits,) if chunks > splits else (),
     )
 
 
