@@ -78,10 +78,10 @@ def check(case: StageShape, dtype: torch.dtype, make=None, **options) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_stages_of_the_variants(variant, on):
-    """Their widths, on maps of two squares and a row and a column beyond; in float32 the two stages that take little time."""
+    """Their widths, on maps of two squares and a row and a column beyond; in float32 the one that takes little time."""
     on(multiprocessors=2)
     for stage in stage_shapes(variant):
-        for dtype in DTYPES[stage.name[-1] in "cd" :]:
+        for dtype in DTYPES[stage.name[-1] != "a" :]:
             check(dataclasses.replace(stage, height=3, width=3), dtype)
 
 
