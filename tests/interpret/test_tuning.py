@@ -26,7 +26,7 @@ from cmt_fast.tuning.search import Row, tune
 CPU = torch.device("cpu")
 LIMITS = ARCHITECTURES[90]  # of the interpreter
 #: Keys and values absorbed, and projected: in one kernel, or (float32) in three.
-TINY = [StageShape("tiny/a", 1, 4, 4, 12, 2, 0, 2), StageShape("tiny/c", 1, 3, 6, 12, 1, 0, 1)]
+TINY = [StageShape("tiny/a", 1, 4, 4, 12, 2, 20, 2), StageShape("tiny/c", 1, 3, 6, 12, 1, 20, 1)]
 
 #: What the LPU of the first of them asks for.
 QUERY = configs.lpu_config.query(1, 4, 4, 16, 2, 2, LIMITS)
@@ -68,14 +68,18 @@ def new_table(tmp_path: Path) -> Table:
 @pytest.mark.parametrize(
     ("dtype", "shapes", "kernels"),
     [
-        (torch.float16, TINY, {"lpu", "absorbed_attention", "projected_attention"}),
-        (torch.float32, TINY[1:], {"lpu", "linear", "reduced_kv_attention"}),
+        (
+            torch.float16,
+            TINY,
+            {"lpu", "absorbed_attention", "projected_attention", "expand", "depthwise_project"},
+        ),
+        (torch.float32, TINY[1:], {"lpu", "linear", "reduced_kv_attention", "expand", "depthwise_gelu"}),
     ],
     ids=["float16", "float32"],
 )
 def test_every_candidate_is_right(tmp_path, times, dtype, shapes, kernels):
     times()
-    rows = tune(["lpu", "attention"], shapes, [dtype], CPU, new_table(tmp_path))
+    rows = tune(list(STEPS), shapes, [dtype], CPU, new_table(tmp_path))
     assert {row.kernel.partition(":")[2].removesuffix("_kernel") for row in rows} == kernels
     for row in rows:
         assert not row.note and row.failed == row.wrong == 0 and row.measured >= 3, row

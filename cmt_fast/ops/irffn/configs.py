@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from cmt_fast.ops._triton.device import OPERANDS_IN_SHARED_MEMORY, DeviceLimits
-from cmt_fast.ops._triton.linear_launch import linear_config
-from cmt_fast.ops._triton.tiling import LEAST_BLOCK, block
+from cmt_fast.ops._triton.linear_config import linear_config
+from cmt_fast.ops._triton.tiling import LEAST_BLOCK, around, block, neighbours
+from cmt_fast.ops._triton.tunable import tunable
 
 #: Hidden channels times squares of 2 x 2 pixels that a program convolves at a time: 16 or 32 values a thread, whose neighbours and taps
 #: fill the registers that the accumulators leave.
 CONVOLVED = 1024
 #: Squares of the largest tile, and outputs that its accumulators hold without a spill; half as many squares have room for twice the outputs.
 MAX_QUADS, MAX_OUTPUTS = 32, 256
+
+#: Sums of a product, and convolved pixels, that a thread has registers for.
+_SUMS, _PIXELS = 128, 32
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,24 @@ def split_width(width: int, most: int) -> tuple[int, int]:
     return (whole, 0) if main + rest >= whole and whole <= most else (main, rest)
 
 
-@lru_cache
+def expand_candidates(
+    rule: ExpandConfig, rows: int, width: int, hidden: int, itemsize: int, exact: bool, limits: DeviceLimits
+) -> Iterator[ExpandConfig]:
+    """Other tiles that fit into shared memory; arguments as of :func:`expand_config`."""
+    for config in neighbours(
+        rule,
+        chunks=around(rule.chunks, 1, -(-hidden // rule.block_r)) if rule.held else (),
+        block_n=around(rule.block_n, LEAST_BLOCK, 128),
+        block_r=around(rule.block_r, LEAST_BLOCK, 128),
+        num_warps=(4, 8),
+        num_stages=(1, 2, 3),
+    ):
+        sums = config.block_n * config.block_r / (32 * config.num_warps)
+        if sums <= _SUMS and _expand_shared(config, itemsize) <= limits.shared_memory:
+            yield config
+
+
+@tunable("cmt_fast.ops.irffn.triton_kernels:expand_kernel", expand_candidates)
 def expand_config(rows: int, width: int, hidden: int, itemsize: int, exact: bool, limits: DeviceLimits) -> ExpandConfig:
     """For :func:`expand_kernel`.
 
@@ -74,7 +95,7 @@ def expand_config(rows: int, width: int, hidden: int, itemsize: int, exact: bool
     """
     if not exact and (config := _held_config(rows, width, hidden, itemsize, limits)):
         return config
-    plain = linear_config(rows, width, hidden, itemsize, exact, limits)
+    plain = linear_config.rule(rows, width, hidden, itemsize, exact, limits)
     return ExpandConfig(False, 1, plain.block_n, plain.block_c, 0, plain.block_out, plain.num_warps, plain.num_stages)
 
 
@@ -93,17 +114,47 @@ def _held_config(rows: int, width: int, hidden: int, itemsize: int, limits: Devi
         for block_n in _halved(most_rows, least):
             for num_stages in (2,) if in_registers else (2, 1):
                 for block_r in _halved(most_hidden, least):
+                    num_warps = 8 if block_n * held > 8192 and (block_n > 64 or in_registers) else 4
+                    chunks = _chunks(-(-rows // block_n), -(-hidden // block_r), multiprocessors)
+                    config = ExpandConfig(True, chunks, block_n, main, rest, block_r, num_warps, num_stages)
                     # Where operands go through registers, the stage at work is not kept.
-                    operands = (block_n + (num_stages - in_registers) * block_r) * held
-                    result = block_n * block_r  # on its way out
-                    if (operands + result) * itemsize <= limits.shared_memory:
-                        chunks = _chunks(-(-rows // block_n), -(-hidden // block_r), multiprocessors)
-                        num_warps = 8 if block_n * held > 8192 and (block_n > 64 or in_registers) else 4
-                        return ExpandConfig(True, chunks, block_n, main, rest, block_r, num_warps, num_stages)
+                    kept = replace(config, num_stages=num_stages - in_registers)
+                    if _expand_shared(kept, itemsize) <= limits.shared_memory:
+                        return config
     return None
 
 
-@lru_cache
+def _expand_shared(config: ExpandConfig, itemsize: int) -> int:
+    """Bytes of shared memory: the rows (held, or a tile of them a stage), the weights, and a tile of the result on its way out."""
+    stages, channels = config.num_stages, config.block_c + config.block_rest
+    rows = config.block_n * (1 if config.held else stages)
+    return ((rows + stages * config.block_r) * channels + config.block_n * config.block_r) * itemsize
+
+
+def project_candidates(
+    rule: ProjectConfig,
+    images: int,
+    height: int,
+    width: int,
+    channels: int,
+    hidden: int,
+    itemsize: int,
+    limits: DeviceLimits,
+) -> Iterator[ProjectConfig]:
+    """Other tiles that fit into registers; arguments as of :func:`project_config`."""
+    for config in neighbours(
+        rule,
+        quads=around(rule.quads, LEAST_BLOCK // 4, 64),
+        block_r=around(rule.block_r, LEAST_BLOCK, 256),
+        num_warps=(4, 8),
+    ):
+        pixels, outputs = 4 * config.quads / (32 * config.num_warps), config.block_c + config.block_rest
+        shared = (4 * config.quads + outputs) * config.block_r * itemsize
+        if pixels * outputs <= _SUMS and pixels * config.block_r <= _PIXELS and shared <= limits.shared_memory:
+            yield config
+
+
+@tunable("cmt_fast.ops.irffn.triton_kernels:depthwise_project_kernel", project_candidates)
 def project_config(
     images: int, height: int, width: int, channels: int, hidden: int, itemsize: int, limits: DeviceLimits
 ) -> ProjectConfig | None:
@@ -127,7 +178,22 @@ def project_config(
     return ProjectConfig(quads, main, rest, min(CONVOLVED // quads, block(hidden)), num_warps)
 
 
-@lru_cache
+def depthwise_candidates(
+    rule: DepthwiseConfig, images: int, height: int, width: int, hidden: int, limits: DeviceLimits
+) -> Iterator[DepthwiseConfig]:
+    """Other tiles that fit into registers; arguments as of :func:`depthwise_config`."""
+    for config in neighbours(
+        rule,
+        chunks=around(rule.chunks, 1, -(-hidden // rule.block_r)),
+        quads=around(rule.quads, 1, 64),
+        block_r=around(rule.block_r, LEAST_BLOCK, 256),
+        num_warps=(2, 4, 8),
+    ):
+        if 4 * config.quads * config.block_r / (32 * config.num_warps) <= _PIXELS:
+            yield config
+
+
+@tunable("cmt_fast.ops.irffn.triton_kernels:depthwise_gelu_kernel", depthwise_candidates)
 def depthwise_config(images: int, height: int, width: int, hidden: int, limits: DeviceLimits) -> DepthwiseConfig:
     """For :func:`depthwise_gelu_kernel`."""
     block_r = min(128, block(hidden))
