@@ -9,17 +9,27 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from cmt_fast.inference.program import Padding, round_up
 from cmt_fast.ops._triton.device import DeviceLimits
 from cmt_fast.ops._triton.launch import Launch
 from cmt_fast.ops._triton.linear_launch import linear_launch
+from cmt_fast.ops._triton.table import aligned
 from cmt_fast.ops.attention.triton_launch import attention_launch
+from cmt_fast.ops.attention.triton_train_launch import backward_launches
 from cmt_fast.ops.depthwise.triton_launch import conv3x3_launch, reduce_launch
 from cmt_fast.ops.depthwise.triton_train_launch import conv3x3_backward_launch, reduce_backward_launch
 from cmt_fast.ops.head.triton_launch import features_launch
 from cmt_fast.ops.irffn.triton_launch import depthwise_project_launches, expand_launch
 from cmt_fast.ops.lmhsa.triton_launch import absorbed_launch, projected_launch
+from cmt_fast.ops.lmhsa.triton_train_launch import (
+    Core,
+    Wanted,
+    core_backward_launches,
+    core_forward_launch,
+    layer_norm_launch,
+)
 from cmt_fast.ops.lpu.triton_launch import lpu_reduce_launch
 from cmt_fast.ops.patch_embed.triton_launch import patch_embed_launch
 from cmt_fast.ops.stem.triton_launch import conv_embed_launch, conv_launch
@@ -60,7 +70,7 @@ def attention(shape: StageShape, dtype: torch.dtype, limits: DeviceLimits) -> li
     q, k, v = (t.unflatten(-1, (h, -1)).transpose(1, 2) for t in parts)
     return [
         linear_launch(x, query_weight, query_bias, None, query, *norm),
-        attention_launch(q, k, v, table, attended, 1.0, True, limits),
+        attention_launch(q, k, v, table, attended, None, 1.0, True, limits),
         linear_launch(attended, out_weight, bias, x, x, None, 0.0, limits),
     ]
 
@@ -156,6 +166,66 @@ def _irffn(shape: StageShape, dtype: torch.dtype) -> tuple[torch.Tensor, torch.T
     return x, x.new_empty(*x.shape[:-1], r), x.new_empty(r, c)
 
 
+def attention_fwd(shape: StageShape, dtype: torch.dtype, limits: DeviceLimits) -> list[Launch]:
+    """The primitive in training: q, k and v as linear layers make them, the bias table a float32 parameter."""
+    q, k, v, table, out, lse = _attention_tensors(shape, dtype)
+    return [attention_launch(q, k, v, aligned(table), out, lse, 1.0, False, limits)]
+
+
+def attention_bwd(shape: StageShape, dtype: torch.dtype, limits: DeviceLimits) -> list[Launch]:
+    """Its backward pass with every gradient."""
+    q, k, v, table, out, lse = _attention_tensors(shape, dtype)
+    dq, dk, dv = (torch.empty_like(t.transpose(1, 2)) for t in (q, k, v))
+    grad = torch.empty_like(out).transpose(1, 2)
+    return backward_launches(
+        grad, q, k, v, aligned(table), lse, out.transpose(1, 2), None, dq, dk, dv, torch.empty_like(table), 1.0, limits
+    )
+
+
+def _attention_tensors(shape: StageShape, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    (b, n, m), h, d, dv = (shape.batch, shape.queries, shape.keys), shape.heads, shape.qk_head_dim, shape.v_head_dim
+    matrix = partial(torch.empty, device="meta", dtype=dtype)
+    keys_values = matrix(b, m, h * (d + dv)).split([h * d, h * dv], -1)
+    q, k, v = (t.unflatten(-1, (h, -1)).transpose(1, 2) for t in (matrix(b, n, h * d), *keys_values))
+    return q, k, v, _vector(h, n, m), matrix(b, n, h, dv), _vector(b, h, n)
+
+
+def lmhsa_core_fwd(shape: StageShape, dtype: torch.dtype, limits: DeviceLimits) -> list[Launch]:
+    """The core of the sub-layer in training, the stream in the dtype of the products; where it is composed, what is its own: LayerNorm."""
+    core, z, lse = _core_tensors(shape, dtype)
+    fused = core_forward_launch(core, _vector(shape.dim), z, lse, True, limits)
+    return [layer_norm_launch(core, z) if fused is None else fused]
+
+
+def lmhsa_core_bwd(shape: StageShape, dtype: torch.dtype, limits: DeviceLimits) -> list[Launch]:
+    """Its backward pass with every gradient, without the products that follow it."""
+    core, z, lse = _core_tensors(shape, dtype)
+    dkv, dtable = torch.empty_like(core.keys_values), torch.empty_like(core.table)
+    wanted = Wanted(dkv, dtable, dq=True, normal=True, attended=True, sums=True)
+    fused = core_backward_launches(core, z, lse, wanted, limits)
+    return [layer_norm_launch(core, z)] if fused is None else fused[0]
+
+
+def _core_tensors(shape: StageShape, dtype: torch.dtype) -> tuple[Core, Tensor, Tensor]:
+    (b, n, m), h, c = (shape.batch, shape.queries, shape.keys), shape.heads, shape.dim
+    d, dv = h * shape.qk_head_dim, h * shape.v_head_dim
+    matrix = partial(torch.empty, device="meta", dtype=dtype)
+    core = Core(
+        x=matrix(b, n, c),
+        norm_weight=_vector(c),
+        norm_bias=_vector(c),
+        eps=1e-6,
+        query_weight=matrix(d, c),
+        query_bias=_vector(d),
+        keys_values=matrix(b, m, d + dv),
+        table=_vector(h, n, m),
+        out_weight=matrix(c, dv),
+        row_scale=_vector(b),
+        scale=1.0,
+    )
+    return core, torch.empty_like(core.x), _vector(b, h, n)
+
+
 LAUNCHES: dict[str, MakeLaunches] = {
     "stem": stem,
     "patch_embed": patch_embed,
@@ -167,4 +237,8 @@ LAUNCHES: dict[str, MakeLaunches] = {
     "head": head,
     "expand": expand,
     "depthwise_project": depthwise_project,
+    "attention_fwd": attention_fwd,
+    "attention_bwd": attention_bwd,
+    "lmhsa_core_fwd": lmhsa_core_fwd,
+    "lmhsa_core_bwd": lmhsa_core_bwd,
 }

@@ -281,10 +281,7 @@ MUTATIONS = {
     "keys beyond the last": ('tl.where(key < keys, logits, float("-inf"))', "logits"),
     "no key bias": ("if key_bias is not None:", "if False:"),
     "no table": ("if bias is not None:\n        row", "if False:\n        row"),
-    "table of the first head": (
-        "            PRECISION,\n        )\n        table += table_head",
-        "            PRECISION,\n        )",
-    ),
+    "table of the first head": ("        total += values\n        table += table_head", "        total += values"),
     "not rescaled": ("out * shrink[:, None]", "out"),
     "no shortcut": ("branch += tl.load(x + row * C + c", "0.0 * tl.load(x + row * C + c"),
     "no shortcut, split": ("if shortcut is not None:", "if False:"),

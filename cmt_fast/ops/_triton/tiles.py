@@ -16,3 +16,15 @@ def load_tile(matrix, stride, row, rows, column, columns, BLOCK_ROWS: tl.constex
     """
     i, j = row + tl.arange(0, BLOCK_ROWS)[:, None], column + tl.arange(0, BLOCK_COLUMNS)[None, :]
     return tl.load(matrix + i.to(tl.int64) * stride + j, (i < rows) & (j < columns), 0.0)
+
+
+@triton.jit
+def store_tile(matrix, tile, stride, rows, columns):
+    """A tile into the first ``rows`` and ``columns`` of a matrix, in its dtype; what of the tile lies outside of them is dropped.
+
+    Args:
+        matrix: pointer to where the tile starts; unit stride in a row, rows ``stride`` elements apart.
+        tile: (any, any).
+    """
+    i, j = tl.arange(0, tile.shape[0])[:, None], tl.arange(0, tile.shape[1])[None, :]
+    tl.store(matrix + i.to(tl.int64) * stride + j, tile.to(matrix.dtype.element_ty), (i < rows) & (j < columns))

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cmt_fast.backend import select
+from cmt_fast.ops.attention.autograd import reduced_kv_attention_fused
 from cmt_fast.ops.attention.reasons import triton_reasons
 from cmt_fast.ops.attention.reference import reduced_kv_attention_reference
-from cmt_fast.ops.attention.schema import reduced_kv_attention_triton
 from cmt_fast.ops.checks import check_dtype, check_same, shape_of
 
 
@@ -80,5 +80,5 @@ def reduced_kv_attention(
     dropout = functools.partial(F.dropout, p=dropout_p) if dropout_p > 0 else None
     candidates = {"triton": lambda: triton_reasons(q, k, v, bias, dropout_p)}
     if select("reduced_kv_attention", candidates, backend, device=q.device) == "triton":
-        return reduced_kv_attention_triton(q, k, v, bias, scale, False)
+        return reduced_kv_attention_fused(q, k, v, bias, scale)
     return reduced_kv_attention_reference(q, k, v, bias, scale, dropout)

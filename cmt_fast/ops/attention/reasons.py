@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from cmt_fast.ops._triton.autocast import product_dtype
 from cmt_fast.ops._triton.reasons import DTYPES, call_reasons
 from cmt_fast.ops.attention.configs import MAX_HEAD_DIM
 
 
 def triton_reasons(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout_p: float) -> list[str]:
     """Reasons why the kernel cannot run this call; an empty list if it can."""
-    reasons = call_reasons(q, k, v, bias)
-    if not q.dtype == k.dtype == v.dtype:
-        reasons.append(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    reasons = call_reasons(q, k, v, bias, gradients=True, autocast=True)
+    dtypes = [product_dtype(t) for t in (q, k, v)]
+    if len(set(dtypes)) > 1:
+        reasons.append(f"q, k and v must have one dtype, got {', '.join(map(str, dtypes))}")
     if bias is not None and bias.dtype not in DTYPES:
         reasons.append(f"bias must be bfloat16, float16 or float32, got {bias.dtype}")
     if not 1 <= min(q.shape[3], v.shape[3]) <= max(q.shape[3], v.shape[3]) <= MAX_HEAD_DIM:

@@ -14,6 +14,7 @@ def reduced_kv_attention_kernel(
     v,
     bias,
     out,
+    lse,
     images,
     queries,
     keys,
@@ -50,6 +51,7 @@ def reduced_kv_attention_kernel(
             strides given, unit stride in a row.
         bias: (HEADS, queries, keys), rows bias_row apart, of which bias_columns columns may be read; or None.
         out: (images, queries, HEADS, VALUE_DIM), contiguous.
+        lse: (images, HEADS, queries) float32, logarithms of the sums of the exponentials, for training; or None.
         BASE2: the logits are exponents of 2, not of e.
     """
     image = (tl.program_id(0) % images).to(tl.int64)
@@ -59,7 +61,7 @@ def reduced_kv_attention_kernel(
     query = load_tile(q + image * q_image + head * q_head + first * q_row, q_row, 0, left, 0, KEY_DIM, BLOCK_N, BLOCK_K)
     if bias is not None:
         bias += head * bias_head + first * bias_row
-    result = attend(
+    result, level = attend(
         query,
         k + image * k_image + head * k_head,
         v + image * v_image + head * v_head,
@@ -86,3 +88,6 @@ def reduced_kv_attention_kernel(
     row, dim = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_V)[None, :]
     inside = (row < left) & (dim < VALUE_DIM)
     tl.store(out + row * (HEADS * VALUE_DIM) + dim, result.to(out.dtype.element_ty), inside)
+    if lse is not None:
+        row = tl.arange(0, BLOCK_N)
+        tl.store(lse + (image * HEADS + head) * queries + first + row, level, row < left)

@@ -19,17 +19,25 @@ def reduced_kv_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, s
     b, h, n, _ = q.shape
     out = torch.empty(b, n, h, v.shape[3], dtype=q.dtype, device=q.device)
     if out.numel():
-        q, k, v = (_unit_rows(t) for t in (q, k, v))
-        bias = None if bias is None else _unit_rows(bias)
-        attention_launch(q, k, v, bias, out, scale, base2, device_limits(q.device)).run()
+        q, k, v = (unit_rows(t) for t in (q, k, v))
+        bias = None if bias is None else unit_rows(bias)
+        attention_launch(q, k, v, bias, out, None, scale, base2, device_limits(q.device)).run()
     return out.transpose(1, 2)
 
 
 def attention_launch(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, scale: float, base2: bool, limits: DeviceLimits
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor | None,
+    scale: float,
+    base2: bool,
+    limits: DeviceLimits,
 ) -> Launch:
     """q (B, h, N, d_qk), k (B, h, M, d_qk), v (B, h, M, d_v), bias (h, N, M) or None, all with unit stride in a row, into
-    out (B, N, h, d_v), contiguous."""
+    out (B, N, h, d_v) and, for training, lse (B, h, N) float32, both contiguous."""
     b, h, n, d = q.shape
     m, dv = v.shape[2:]
     config = attention_config(b, h, n, m, max(d, dv), q.element_size(), is_exact(q.dtype), limits)
@@ -45,6 +53,7 @@ def attention_launch(
             v=v,
             bias=bias,
             out=out,
+            lse=lse,
             images=b,
             queries=n,
             keys=m,
@@ -77,13 +86,13 @@ def attention_launch(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         reads=sum(t.nbytes for t in (q, k, v, bias) if t is not None),
-        writes=out.nbytes,
+        writes=out.nbytes + (0 if lse is None else lse.nbytes),
         flops=2 * b * h * n * m * (d + dv),
         elements=b * h * n * m,
         loops=() if steps == 1 else (steps,),
     )
 
 
-def _unit_rows(x: Tensor) -> Tensor:
+def unit_rows(x: Tensor) -> Tensor:
     """``x`` with unit stride in its last dimension: copied only if it has another."""
     return x if x.stride(-1) == 1 else x.contiguous()

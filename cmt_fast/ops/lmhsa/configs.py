@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from cmt_fast.ops._triton.device import OPERANDS_IN_SHARED_MEMORY, DeviceLimits
 from cmt_fast.ops._triton.tiling import LEAST_BLOCK, around, block, fill, neighbours
 from cmt_fast.ops._triton.tunable import tunable
+from cmt_fast.ops.attention.configs import BackwardConfig, holds_all_keys, query_parts
 
 #: Sums that a thread of a fused kernel holds: twice as many were compiled, and spill.
 _SUMS = 64
@@ -114,6 +116,74 @@ def projected_config(
             if _projected_fits(config, keys, width, key_dim, value_dim, itemsize, limits):
                 return config
     return None
+
+
+@dataclass(frozen=True)
+class RowsConfig:
+    """How :func:`layer_norm_kernel` is launched."""
+
+    block_n: int
+    num_warps: int
+
+
+@lru_cache
+def core_forward_config(
+    images: int,
+    heads: int,
+    tokens: int,
+    keys: int,
+    width: int,
+    key_dim: int,
+    value_dim: int,
+    itemsize: int,
+    exact: bool,
+    limits: DeviceLimits,
+) -> FusedConfig | None:
+    """For :func:`core_forward_kernel`; None where products and the primitive's kernels are better: as :func:`projected_config`, and where keys stream.
+
+    Args:
+        width: channels, which a program holds all of.
+        itemsize: bytes of an element of the products.
+    """
+    if not _core_fits(keys, width, key_dim, value_dim, itemsize):
+        return None
+    config = projected_config.rule(images, tokens, keys, width, key_dim, value_dim, itemsize, exact, limits)
+    if config is not None and block(width) <= 128 and limits.arch in OPERANDS_IN_SHARED_MEMORY:
+        return replace(config, num_warps=4, num_stages=1)  # 64 rows are work for four warps
+    return config
+
+
+@lru_cache
+def core_backward_config(
+    images: int,
+    heads: int,
+    tokens: int,
+    keys: int,
+    width: int,
+    key_dim: int,
+    value_dim: int,
+    itemsize: int,
+    exact: bool,
+    limits: DeviceLimits,
+) -> BackwardConfig | None:
+    """For :func:`core_backward_kernel`; None where products and the primitive's kernels are better. Arguments as of :func:`core_forward_config`."""
+    if not _core_fits(keys, width, key_dim, value_dim, itemsize):
+        return None
+    largest = (64 if block(width) <= 64 else 128) if limits.arch in OPERANDS_IN_SHARED_MEMORY else 32
+    block_n = min(largest, block(tokens))
+    parts, part_tokens = query_parts(images * heads, tokens, block_n)
+    return BackwardConfig(block_n, block(keys), 8 if block_n == 128 else 4, 1, parts, part_tokens)
+
+
+def _core_fits(keys: int, width: int, key_dim: int, value_dim: int, itemsize: int) -> bool:
+    """Whether the fused kernels of a training step hold all channels and keys: 16-bit products, at most 256 channels."""
+    return itemsize == 2 and block(width) <= 256 and holds_all_keys(keys, max(key_dim, value_dim), itemsize)
+
+
+def layer_norm_config(rows: int, width: int) -> RowsConfig:
+    """About 4096 elements a program."""
+    block_n = max(1, 4096 // block(width))
+    return RowsConfig(min(block_n, block(rows)), 4 if block(width) <= 4096 else 8)
 
 
 def _halved(size: int) -> Sequence[int]:

@@ -54,7 +54,7 @@ def absorbed_attention_kernel(
     normal = normal_rows(x, queries, eps, C, CHANNELS, BLOCK_N, BLOCK_C)
     total = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
     for head in range(HEADS):
-        total += attend(
+        values, _ = attend(
             normal,
             keys_values + head * C,
             keys_values + (HEADS + head) * C,
@@ -77,6 +77,7 @@ def absorbed_attention_kernel(
             BLOCK_C,
             PRECISION,
         )
+        total += values
         table += table_head
     _store_with_shortcut(out, x, total, out_bias, queries, C, BLOCK_N, BLOCK_C)
 
@@ -139,7 +140,7 @@ def projected_attention_kernel(
         dim = tl.arange(0, BLOCK_K)[None, :]
         query = tl.dot(normal, tl.trans(weight), input_precision=PRECISION)
         query += tl.load(query_bias + head * KEY_DIM + dim, dim < KEY_DIM, 0.0)
-        values = attend(
+        values, _ = attend(
             query.to(normal.dtype),
             keys_values + head * KEY_DIM,
             keys_values + HEADS * KEY_DIM + head * VALUE_DIM,

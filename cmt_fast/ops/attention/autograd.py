@@ -1,0 +1,51 @@
+"""Attention with reduced keys and values as an autograd function."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cmt_fast.ops._triton.autocast import product_dtype
+from cmt_fast.ops.attention.configs import holds_all_keys
+from cmt_fast.ops.attention.reference import reduced_kv_attention_reference_backward
+from cmt_fast.ops.attention.schema import (
+    reduced_kv_attention_bwd,
+    reduced_kv_attention_fwd,
+    reduced_kv_attention_triton,
+)
+
+
+class ReducedKVAttentionFunction(torch.autograd.Function):
+    """(q, k, v, bias, scale) -> out; the arguments of :func:`cmt_fast.functional.reduced_kv_attention`.
+
+    Keeps its inputs and four bytes a query and head for the backward pass; the output too where the keys do not fit one tile (there a
+    projection keeps it anyway). Gradients are computed only where they are needed. Under ``create_graph`` they come from plain
+    PyTorch, which can be differentiated again.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+        out, lse = reduced_kv_attention_fwd(q, k, v, bias, scale)
+        whole = holds_all_keys(k.shape[2], max(q.shape[3], v.shape[3]), q.element_size())
+        ctx.save_for_backward(q, k, v, bias, lse, None if whole else out)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        q, k, v, bias, lse, out = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:4]
+        if torch.is_grad_enabled():
+            found = reduced_kv_attention_reference_backward(grad, q, k, v, bias, ctx.scale)
+        else:
+            found = reduced_kv_attention_bwd(grad, q, k, v, bias, lse, out, ctx.scale, needs)
+        return *(g if need else None for g, need in zip(found, needs)), None
+
+
+def reduced_kv_attention_fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """The kernels, with gradients where some will be asked for. Under autocast q, k and v are cast as for a product of PyTorch's, while
+    the bias is added to the logits as it is."""
+    q, k, v = (t.to(product_dtype(t)) for t in (q, k, v))
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, bias)):
+        return ReducedKVAttentionFunction.apply(q, k, v, bias, scale)
+    return reduced_kv_attention_triton(q, k, v, bias, scale, False)
