@@ -14,10 +14,7 @@ from cmt_fast.ops._triton import attend, parts, tiles
 from cmt_fast.ops._triton.device import ARCHITECTURES
 from cmt_fast.ops.attention import autograd, configs, triton_launch, triton_train_kernels, triton_train_launch
 from cmt_fast.ops.attention.autograd import ReducedKVAttentionFunction
-from cmt_fast.ops.attention.reference import (
-    reduced_kv_attention_reference,
-    reduced_kv_attention_reference_backward,
-)
+from cmt_fast.ops.attention.reference import reduced_kv_attention_reference
 from cmt_fast.ops.attention.schema import reduced_kv_attention_bwd, reduced_kv_attention_fwd
 from cmt_fast.testing.poison import poisoned_empty
 from cmt_fast.testing.tolerance import Comparison, compare
@@ -239,7 +236,7 @@ def reference_behind(monkeypatch):
         return reduced_kv_attention_reference(q, k, v, bias, scale), q.new_zeros(q.shape[:3], dtype=torch.float32)
 
     def backward(grad, q, k, v, bias, lse, out, scale, needs):
-        return reduced_kv_attention_reference_backward(grad, q, k, v, bias, scale)
+        return autograd._differentiable_bwd(grad, q, k, v, bias, scale)
 
     monkeypatch.setattr(autograd, "reduced_kv_attention_fwd", forward)
     monkeypatch.setattr(autograd, "reduced_kv_attention_bwd", backward)

@@ -15,6 +15,7 @@ from cmt_fast.inference.triton_steps import TRITON
 from cmt_fast.models.variants import VARIANTS
 from cmt_fast.ops.attention.reference import reduced_kv_attention_reference
 from cmt_fast.testing.packed_attention import AttentionCall, attention_call
+from cmt_fast.testing.poison import poisoned_empty
 from cmt_fast.testing.shapes import StageShape, stage_shapes
 from cmt_fast.testing.tolerance import assert_within
 
@@ -163,10 +164,115 @@ def test_compiled():
     torch.testing.assert_close(compiled(*tensors), expected)
 
 
-def test_auto_takes_it_where_no_gradient_is_needed():
+def test_auto_takes_it():
     q, k, v, bias = inputs(1, 1, 3, 4, 5, 6, torch.bfloat16)
     with use_backend("auto"):
         assert ("reduced_kv_attention", "triton") in explain(reduced_kv_attention, q, k, v, bias).calls
         bias.requires_grad_()
         reduced_kv_attention(q, k, v, bias).sum().backward()
     assert bias.grad is not None
+
+
+# ---- training ------------------------------------------------------------------------------------------------------------
+
+NAMES = ("out", "dq", "dk", "dv", "dbias")
+
+
+def gradients(function, tensors: list[Tensor], grad: Tensor, dtype: torch.dtype | None = None) -> list[Tensor]:
+    """The output and the gradient of every input."""
+    leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors]
+    out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
+
+
+def check_gradients(tensors: list[Tensor]) -> None:
+    q, k, v, _ = tensors
+    grad = torch.randn_like(reduced_kv_attention(*tensors))
+
+    def reference(*leaves: Tensor) -> Tensor:
+        return reduced_kv_attention_reference(*leaves, q.shape[-1] ** -0.5)
+
+    # the gradients of the logits cancel to 0 over the keys: their terms have the size of dP
+    terms = (grad.double() @ v.double().transpose(-2, -1)).abs().max().item()
+    factor = terms * q.shape[-1] ** -0.5
+    sizes = dict(dq=factor * k.abs().max().item(), dk=factor * q.abs().max().item(), dbias=terms)
+    exact, own = gradients(reference, tensors, grad, torch.float64), gradients(reference, tensors, grad)
+    with poisoned_empty():
+        found = gradients(reduced_kv_attention, tensors, grad)
+    for name, *values in zip(NAMES, found, exact, own):
+        assert_within(name, *values, backward=name != "out", scale=sizes.get(name))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradients_at_the_stages_of_the_variants(variant, dtype, tf32):
+    for s in stage_shapes(variant, batch=3):
+        check_gradients(inputs(3, s.heads, s.queries, s.keys, s.qk_head_dim, s.v_head_dim, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_of_every_head_dim(dtype):
+    for d in (1, 7, 16, 46, 52, 64, 76, 128, 256):
+        for keys in (1, 49, 130):
+            check_gradients(inputs(2, 2, 300, keys, d, max(1, d - 3), dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_where_keys_stream(dtype):
+    for s in DETECTION:
+        check_gradients(inputs(1, s.heads, s.queries, s.keys, s.qk_head_dim, s.v_head_dim, dtype))
+
+
+def test_under_autocast():
+    """Float32 leaves and bias, products in bfloat16."""
+    tensors = [t.float() for t in inputs(2, 2, 200, 49, 64, 64, torch.bfloat16)]
+    grad = torch.randn(2, 2, 200, 64, device="cuda", dtype=torch.bfloat16)
+
+    def mixed(function):
+        def call(*leaves: Tensor) -> Tensor:
+            with torch.autocast("cuda", torch.bfloat16):
+                return function(*leaves)
+
+        return gradients(call, tensors, grad)
+
+    def reference(*leaves: Tensor) -> Tensor:
+        return reduced_kv_attention_reference(*leaves, 64**-0.5)
+
+    exact = gradients(reference, tensors, grad, torch.float64)
+    for name, *values in zip(NAMES, mixed(reduced_kv_attention), exact, mixed(reference)):
+        assert_within(name, *values, backward=name != "out", dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("keys", [49, 1050])
+def test_repeats_bit_for_bit(keys):
+    """A thousand times, with other work on the device between."""
+    tensors = inputs(2, 2, 784, keys, 64, 64, torch.bfloat16)
+    grad = torch.randn_like(reduced_kv_attention(*tensors))
+    expected = gradients(reduced_kv_attention, tensors, grad)
+    for i in range(1000):
+        if i % 100 == 0:
+            torch.randn(1 << 24, device="cuda").sort()
+        assert all(map(torch.equal, gradients(reduced_kv_attention, tensors, grad), expected)), i
+
+
+def test_gradients_beyond_32_bit_offsets():
+    """The last image of a batch whose maps have more than 2^31 elements has the gradients of the same image alone."""
+    needs_memory(45)
+    q, k, v, bias = inputs(1, 1, 3136, 49, 64, 64, torch.bfloat16)
+    images = 2**31 // q.numel() + 2
+    batch = [*(t.expand(images, -1, -1, -1) for t in (q, k, v)), bias]
+    grad = torch.randn_like(q)
+    leaves = [t.detach().requires_grad_() for t in batch[:3]]
+    out = reduced_kv_attention(*leaves, bias)
+    found = torch.autograd.grad(out, leaves, grad.expand(images, -1, -1, -1))
+    alone = gradients(lambda *t: reduced_kv_attention(*t, bias), [q, k, v], grad)
+    for name, t, expected in zip(NAMES, (out, *found), alone):
+        torch.testing.assert_close(t[-1:], expected, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_training_compiled():
+    tensors = inputs(2, 2, 70, 49, 64, 64, torch.float16)
+    grad = torch.randn_like(reduced_kv_attention(*tensors))
+    compiled = torch.compile(reduced_kv_attention, fullgraph=True)
+    for found, expected in zip(gradients(compiled, tensors, grad), gradients(reduced_kv_attention, tensors, grad)):
+        torch.testing.assert_close(found, expected)

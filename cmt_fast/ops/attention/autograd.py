@@ -7,7 +7,6 @@ from torch import Tensor
 
 from cmt_fast.ops._triton.autocast import product_dtype
 from cmt_fast.ops.attention.configs import holds_all_keys
-from cmt_fast.ops.attention.reference import reduced_kv_attention_reference_backward
 from cmt_fast.ops.attention.schema import (
     reduced_kv_attention_bwd,
     reduced_kv_attention_fwd,
@@ -36,10 +35,33 @@ class ReducedKVAttentionFunction(torch.autograd.Function):
         q, k, v, bias, lse, out = ctx.saved_tensors
         needs = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():
-            found = reduced_kv_attention_reference_backward(grad, q, k, v, bias, ctx.scale)
+            found = _differentiable_bwd(grad, q, k, v, bias, ctx.scale)
         else:
             found = reduced_kv_attention_bwd(grad, q, k, v, bias, lse, out, ctx.scale, needs)
         return *(g if need else None for g, need in zip(found, needs)), None
+
+
+def _differentiable_bwd(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """What ``reduced_kv_attention_bwd`` computes, in operations that PyTorch can differentiate (docs/math.md, section 4).
+
+    A bias in a wider dtype than q's, as autocast has it, makes the whole computation as wide.
+    """
+    wide = q.dtype if bias is None else torch.promote_types(q.dtype, bias.dtype)
+    dout, q_, k_, v_ = (t.to(wide) for t in (grad, q, k, v))
+    logits = (q_ @ k_.transpose(-2, -1)) * scale
+    if bias is not None:
+        logits = logits + bias
+    weights = logits.softmax(dim=-1)
+    dweights = dout @ v_.transpose(-2, -1)
+    dlogits = weights * (dweights - (weights * dweights).sum(dim=-1, keepdim=True))
+    return (
+        (dlogits @ k_ * scale).to(q.dtype),
+        (dlogits.transpose(-2, -1) @ q_ * scale).to(k.dtype),
+        (weights.transpose(-2, -1) @ dout).to(v.dtype),
+        None if bias is None else dlogits.sum(dim=0).to(bias.dtype),
+    )
 
 
 def reduced_kv_attention_fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
