@@ -40,7 +40,7 @@ def reduced_kv_attention(
 
     Returns:
         (B, h, N, d_v). The Triton kernel returns it as a transpose of a contiguous (B, N, h, d_v), which the output projection
-        takes without a copy.
+        takes without a copy. Its gradients repeat bit for bit; those of gradients (``create_graph``) come from plain PyTorch.
 
     Raises:
         ValueError: on a wrong shape or device, or a probability outside [0, 1).
