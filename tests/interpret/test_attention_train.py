@@ -110,7 +110,9 @@ def test_random_shapes(part, cut):
         streaming, parted = not draw(0, 3), not draw(0, 2)
         cut(few_keys=4 if streaming else 64, least_queries=16 if parted else 256)
         keys = draw(17, 24) if streaming else draw(1, 32)
-        sizes = draw(1, 2), draw(1, 2), draw(17, 36) if parted else draw(1, 16), keys, draw(1, 24), draw(1, 24)
+        batch = draw(1, 2)
+        queries = draw(17, 36) if parted else draw(1, 16)
+        sizes = batch, draw(1, 3 - batch), queries, keys, draw(1, 24), draw(1, 24)
         check(make(*sizes, DTYPES[draw(0, 1)], bias=bool(draw(0, 3)), seed=seed))
 
 

@@ -169,7 +169,10 @@ def core_backward_config(
     """For :func:`core_backward_kernel`; None where products and the primitive's kernels are better. Arguments as of :func:`core_forward_config`."""
     if not _core_fits(keys, width, key_dim, value_dim, itemsize):
         return None
-    largest = (64 if block(width) <= 64 else 128) if limits.arch in OPERANDS_IN_SHARED_MEMORY else 32
+    roomy = limits.arch in OPERANDS_IN_SHARED_MEMORY
+    if not roomy and max(key_dim, value_dim) > 64:  # hundreds of registers spill
+        return None
+    largest = (64 if block(width) <= 64 else 128) if roomy else 32
     block_n = min(largest, block(tokens))
     parts, part_tokens = query_parts(images * heads, tokens, block_n)
     return BackwardConfig(block_n, block(keys), 8 if block_n == 128 else 4, 1, parts, part_tokens)
