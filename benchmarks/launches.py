@@ -178,7 +178,7 @@ def attention_bwd(shape: StageShape, dtype: torch.dtype, limits: DeviceLimits) -
     dq, dk, dv = (torch.empty_like(t.transpose(1, 2)) for t in (q, k, v))
     grad = torch.empty_like(out).transpose(1, 2)
     return backward_launches(
-        grad, q, k, v, aligned(table), lse, out.transpose(1, 2), None, dq, dk, dv, torch.empty_like(table), 1.0, limits
+        grad, q, k, v, aligned(table), lse, out.transpose(1, 2), dq, dk, dv, torch.empty_like(table), 1.0, limits
     )
 
 

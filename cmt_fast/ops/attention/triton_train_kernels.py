@@ -20,7 +20,6 @@ def attention_backward_kernel(
     dk,
     dv,
     dlogits,
-    out,
     images,
     queries,
     keys,
@@ -56,13 +55,13 @@ def attention_backward_kernel(
     """dk and dv of a tile of keys, kept in registers over a part of the queries of one image and head; and what a tile of queries
     needs of these keys.
 
-    Where the tile holds all keys, dq and the output are whole, and the row sums delta are made here, of what is in registers: that is cheaper than
+    Where the tile holds all keys, dq is whole, and the row sums delta are made here, of what is in registers: that is cheaper than
     reading the output. Otherwise :func:`query_gradient_kernel` has made dq and delta before.
 
     Args:
         grad, q, k, v, bias: as :func:`cmt_fast.functional.reduced_kv_attention` has them, any strides but one in a row.
         lse, delta: (images, HEADS, queries) float32; delta None if the tile holds all keys.
-        dq: (images, queries, HEADS, KEY_DIM); out: (images, queries, HEADS, VALUE_DIM); both contiguous, and None if not needed.
+        dq: (images, queries, HEADS, KEY_DIM), contiguous; or None.
         dk: (parts, images, keys, DK_ROW), of which a head has KEY_DIM columns, the first head the first; dv likewise; or None.
         dlogits: (images, HEADS, queries, LOGITS_ROW), zero beyond the keys; or None.
         part_queries: queries of a part.
@@ -110,10 +109,6 @@ def attention_backward_kernel(
         if dlogits is not None:
             place = dlogits + ((image * HEADS + head) * queries + first) * LOGITS_ROW + start_key
             store_tile(place, change, LOGITS_ROW, left, LOGITS_ROW - start_key)
-        if out is not None:
-            value = tl.dot(weights, value_rows, input_precision=PRECISION)
-            place = out + ((image * queries + first) * HEADS + head) * VALUE_DIM
-            store_tile(place, value, HEADS * VALUE_DIM, left, VALUE_DIM)
         if dv is not None:
             dv_sum = tl.dot(tl.trans(weights), g, dv_sum, input_precision=PRECISION)
         if dk is not None:

@@ -62,7 +62,7 @@ def reduced_kv_attention_bwd(
         d_q, d_k, d_v, d_bias = (t if need else None for t, need in zip(found, needs))
         limits = device_limits(q.device)
         for launch in backward_launches(
-            grad, q, k, v, None if bias is None else aligned(bias), lse, out, None, d_q, d_k, d_v, d_bias, scale, limits
+            grad, q, k, v, None if bias is None else aligned(bias), lse, out, d_q, d_k, d_v, d_bias, scale, limits
         ):
             launch.run()
     else:  # no image, or no query: sums of nothing
@@ -79,7 +79,6 @@ def backward_launches(
     bias: Tensor | None,
     lse: Tensor,
     out: Tensor | None,
-    recomputed: Tensor | None,
     dq: Tensor | None,
     dk: Tensor | None,
     dv: Tensor | None,
@@ -93,7 +92,6 @@ def backward_launches(
         grad, q, k, v, bias: unit stride in a row.
         lse: (B, h, N) float32, contiguous.
         out: (B, h, N, d_v), a transpose of a contiguous tensor: the output of the forward pass, needed where keys stream.
-        recomputed: (B, N, h, d_v), contiguous, to write the output to; or None. Only where one tile holds all keys.
         dq: (B, N, h, d_qk), contiguous; dk: (B, M, h, d_qk) and dv: (B, M, h, d_v), rows (h, d) contiguous and equally far apart; dbias:
             (h, N, M), contiguous; each None if not needed.
     """
@@ -109,11 +107,9 @@ def backward_launches(
         dq = None
     dlogits = None if dbias is None else q.new_empty(b, h, n, whole_vectors(m, q.element_size()))
     partial_k, partial_v = (_partials(t, config.parts) for t in (dk, dv))
-    if any(t is not None for t in (dq, partial_k, partial_v, dlogits, recomputed)):
+    if any(t is not None for t in (dq, partial_k, partial_v, dlogits)):
         launches.append(
-            attention_backward_launch(
-                grad, q, k, v, bias, lse, delta, dq, partial_k, partial_v, dlogits, recomputed, scale, config
-            )
+            attention_backward_launch(grad, q, k, v, bias, lse, delta, dq, partial_k, partial_v, dlogits, scale, config)
         )
     if dlogits is not None and dbias is not None:
         launches.append(sum_parts_launch(dlogits, dbias))
@@ -135,14 +131,13 @@ def attention_backward_launch(
     dk: Tensor | None,
     dv: Tensor | None,
     dlogits: Tensor | None,
-    out: Tensor | None,
     scale: float,
     config: BackwardConfig,
 ) -> Launch:
     """Arguments as of :func:`attention_backward_kernel`: dk and dv (parts, B, M, row), dlogits (B, h, N, row)."""
     b, h, n, d = q.shape
     m, d_v = v.shape[2:]
-    dots = d * sum((1, dq is not None, dk is not None)) + d_v * sum((1, dv is not None, out is not None))
+    dots = d * sum((1, dq is not None, dk is not None)) + d_v * sum((1, dv is not None))
     return Launch(
         kernel=attention_backward_kernel,
         grid=(b * h * -(-m // config.block_m), config.parts),
@@ -158,7 +153,6 @@ def attention_backward_launch(
             dk=dk,
             dv=dv,
             dlogits=dlogits,
-            out=out,
             images=b,
             queries=n,
             keys=m,
@@ -182,7 +176,7 @@ def attention_backward_launch(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         reads=sum(t.nbytes for t in (grad, q, k, v, bias, lse, delta) if t is not None),
-        writes=sum(t.nbytes for t in (dq, dk, dv, dlogits, out) if t is not None),
+        writes=sum(t.nbytes for t in (dq, dk, dv, dlogits) if t is not None),
         flops=2 * b * h * n * m * dots,
         elements=b * h * n * m,
         loops=tuple(steps for steps in (config.part_queries / config.block_n,) if steps > 1),
