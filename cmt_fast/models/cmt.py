@@ -102,6 +102,7 @@ class CMT(nn.Module):
         self.global_pool = global_pool
         self.decay_relative_pos = decay_relative_pos
         self.grad_checkpointing = False
+        self.low_residual = False
         self.stages: tuple[str, ...] = STAGES
         self.feature_info = [
             dict(num_chs=dim, reduction=4 * 2**i, module=f"blocks_{stage}")
@@ -205,6 +206,15 @@ class CMT(nn.Module):
         """
         self.grad_checkpointing = enable
 
+    def set_low_residual(self, enable: bool = True) -> None:
+        """Under autocast, keep the residual stream of the blocks in autocast's 16 bits; without autocast this does nothing.
+
+        The original's stream is float32 there, because LayerNorm returns float32: every block reads and writes twice the bytes, and keeps
+        them for the backward pass. In 16 bits each of the three sums of a block is rounded; norms, statistics and sums inside of the
+        operations stay float32.
+        """
+        self.low_residual = enable
+
     def get_classifier(self) -> nn.Module:
         """The last linear layer, or an Identity without classes."""
         return self.head
@@ -244,6 +254,8 @@ class CMT(nn.Module):
         table = self._part("relative_pos", stage)
         bias = resize_relative_pos(table, *own, *grid)
         x, (h, w) = self._part("patch_embed", stage)(x)
+        if self.low_residual and torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         for block in self._part("blocks", stage):
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x = _checkpointed(block, x, h, w, bias)

@@ -119,6 +119,36 @@ def test_autocast(model, x, dtype):
     assert_within("logits under autocast", ours, exact, plain)
 
 
+def test_residual_stream_under_autocast(model, x):
+    """Float32 as the original's, or, where it is asked for, in autocast's dtype, gradients included; without autocast there is no difference."""
+    for stage in "abcd":  # LayerNorm under autocast returns float32 on a GPU, not on a CPU
+        model.get_submodule(f"patch_embed_{stage}").norm.register_forward_hook(lambda module, args, out: out.float())
+
+    def dtypes(model):
+        found = {m: [] for m in ("map", "gradient")}
+        hooks = []
+        for block in model.blocks_b:
+            hooks.append(block.register_forward_hook(lambda module, args, out: found["map"].append(out.dtype)))
+            hooks.append(
+                block.register_full_backward_hook(lambda module, grads, out: found["gradient"].append(out[0].dtype))
+            )
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(x)
+        logits.float().square().sum().backward()
+        for hook in hooks:
+            hook.remove()
+        assert all(p.grad.isfinite().all() for p in model.parameters())
+        return {name: set(of) for name, of in found.items()}
+
+    plain = model(x)
+    assert dtypes(model) == {"map": {torch.float32}, "gradient": {torch.float32}}
+    model.set_low_residual()
+    assert dtypes(model) == {"map": {torch.bfloat16}, "gradient": {torch.bfloat16}}
+    assert torch.equal(model(x), plain)
+    model.set_low_residual(False)
+    assert dtypes(model)["map"] == {torch.float32}
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_model_in_dtype(model, x, dtype):
     model.to(dtype)
