@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from cmt_fast.ops.checks import PLAIN_DROP_PATHS
+
 
 class DropPath(nn.Module):
     """Drop the whole branch of a sample with probability ``drop_prob`` in training (Huang et al., 2016).
@@ -26,3 +28,6 @@ class DropPath(nn.Module):
 
     def extra_repr(self) -> str:
         return f"drop_prob={self.drop_prob:.3f}"
+
+
+PLAIN_DROP_PATHS.append(DropPath)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-#: Classes whose forward is a BatchNorm over maps and nothing else; ``cmt_fast.modules`` adds its SyncBatchNorm.
+#: Classes whose forward is a BatchNorm over maps and nothing else, and those that multiply each image's branch by a factor that they draw:
+#: ``cmt_fast.modules`` adds its own. Kernels may take the place of these.
 PLAIN_BATCH_NORMS: list[type[nn.Module]] = [nn.BatchNorm2d, nn.SyncBatchNorm]
+PLAIN_DROP_PATHS: list[type[nn.Module]] = []
 
 
 def shape_of(x: object) -> str:

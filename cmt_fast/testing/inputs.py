@@ -158,8 +158,10 @@ def randomise(module: nn.Module, generator: torch.Generator) -> nn.Module:
             if child.bias is not None:
                 normal(child.bias, 0.2)
         elif isinstance(child, (nn.LayerNorm, nn.BatchNorm2d)):
-            normal(child.weight, 0.2, 1.0)
-            normal(child.bias, 0.2)
+            if child.weight is not None:
+                normal(child.weight, 0.2, 1.0)
+            if child.bias is not None:
+                normal(child.bias, 0.2)
         if isinstance(child, nn.BatchNorm2d) and child.running_mean is not None and child.running_var is not None:
             normal(child.running_mean, 0.2)
             child.running_var.copy_(torch.rand(child.running_var.shape, generator=generator) + 0.5)

@@ -228,14 +228,18 @@ def batch_norm_gradient(grad, x, statistics, sums, c, C: tl.constexpr):
     Args:
         grad, x: (rows, columns) float32, the gradient of the output and the input, of the channels c (columns,).
         statistics: (6, C).
-        sums: (2, C), the sums of grad and of grad * x_hat over all pixels that the statistics were taken of.
+        sums: (2, C), the sums of grad and of grad * x_hat over all pixels that the statistics were taken of; None where the statistics are
+            frozen, which leaves scale * grad (as their share does, being 0).
 
     Returns:
-        (rows, columns) float32. Where the statistics are frozen their share is 0, and this is scale * grad.
+        (rows, columns) float32.
     """
     channel = c < C
+    scale = tl.load(statistics + SCALE * C + c, channel, 0.0)
+    if sums is None:
+        return scale[None, :] * grad
     mean, rstd = tl.load(statistics + MEAN * C + c, channel, 0.0), tl.load(statistics + RSTD * C + c, channel, 0.0)
-    scale, share = tl.load(statistics + SCALE * C + c, channel, 0.0), tl.load(statistics + SHARE * C + c, channel, 0.0)
+    share = tl.load(statistics + SHARE * C + c, channel, 0.0)
     plain, weighted = tl.load(sums + c, channel, 0.0) * share, tl.load(sums + C + c, channel, 0.0) * share
     normal = (x - mean[None, :]) * rstd[None, :]
     return scale[None, :] * (grad - plain[None, :] - normal * weighted[None, :])

@@ -1,4 +1,4 @@
-"""LayerNorm without its affine, of rows that a program holds whole."""
+"""LayerNorm without its affine, and its gradient, of rows that a program holds whole."""
 
 import triton
 import triton.language as tl
@@ -18,8 +18,26 @@ def normalise_rows(x, counted, channels, eps, PADDED: tl.constexpr):
     Returns:
         (rows, columns) float32, 0 in every column that does not count.
     """
+    return normal_rows_and_rstd(x, counted, channels, eps, PADDED)[0]
+
+
+@triton.jit
+def normal_rows_and_rstd(x, counted, channels, eps, PADDED: tl.constexpr):
+    """What :func:`normalise_rows` returns, and 1 / sqrt(variance + eps) of each row, (rows,): a backward pass needs both."""
     centred = x - (tl.sum(x, 1) / channels)[:, None]
     if PADDED:
         centred = tl.where(counted, centred, 0.0)
-    variance = tl.sum(centred * centred, 1) / channels
-    return centred * tl.rsqrt(variance + eps)[:, None]
+    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / channels + eps)
+    return centred * rstd[:, None], rstd
+
+
+@triton.jit
+def normal_rows_gradient(grad, normal, rstd, channels):
+    """The gradient of x, of the gradient of its normal rows: rstd * (grad - mean of grad - normal * mean of grad * normal).
+
+    Args:
+        grad, normal: (rows, columns) float32, 0 in every column that does not count.
+        rstd: (rows,).
+    """
+    shared = (tl.sum(grad, 1) / channels)[:, None] + normal * (tl.sum(grad * normal, 1) / channels)[:, None]
+    return (grad - shared) * rstd[:, None]

@@ -46,16 +46,10 @@ def gradient_sums(grad: Tensor, x: Tensor, statistics: Tensor) -> Tensor:
 
 def add_partials(partials: Tensor) -> Tensor:
     """(P, ...) float32 -> (...), added in the order of the first dimension."""
-    sums = _added(partials.contiguous())  # at least once: the result of an operator is no view of its argument
-    while len(sums) > 1:
-        sums = _added(sums)
-    return sums[0]
-
-
-def _added(partials: Tensor) -> Tensor:
-    sums = partials.new_empty(-(-len(partials) // GROUP), *partials.shape[1:])
-    add_partials_launch(partials, sums).run()
-    return sums
+    launches = add_partials_launches(partials.contiguous())
+    for launch in launches:
+        launch.run()
+    return launches[-1].arguments["sums"][0]  # type: ignore[index]
 
 
 def merge_launch(partials: Tensor, counts: Tensor, merged: Tensor, merged_counts: Tensor) -> Launch:
@@ -133,15 +127,16 @@ def gradient_sums_launch(grad: Tensor, x: Tensor, statistics: Tensor) -> Launch:
     )
 
 
-def add_partials_launch(partials: Tensor, sums: Tensor) -> Launch:
-    """partials (P, ...) into sums (G, ...), G = ceil(P / GROUP); both contiguous."""
+def add_partials_launches(partials: Tensor) -> list[Launch]:
+    """partials (P, ...), contiguous, into new sums (ceil(P / GROUP), ...), and so on until there is one: once at least, as the result of an
+    operator is no view of its argument."""
     programs, width = len(partials), partials[0].numel()
-    block_p = _block_p(programs)
-    return Launch(
+    sums = partials.new_empty(-(-programs // GROUP), *partials.shape[1:])
+    launch = Launch(
         kernel=add_partials_kernel,
         grid=(len(sums) * -(-width // _BLOCK_C),),
         arguments=dict(partials=partials, sums=sums, programs=programs, width=width),
-        constants=dict(GROUP=GROUP, BLOCK_P=block_p, BLOCK_W=_BLOCK_C),
+        constants=dict(GROUP=GROUP, BLOCK_P=_block_p(programs), BLOCK_W=_BLOCK_C),
         num_warps=4,
         num_stages=1,
         reads=partials.nbytes,
@@ -150,6 +145,7 @@ def add_partials_launch(partials: Tensor, sums: Tensor) -> Launch:
         elements=partials.numel(),
         loops=_loops(programs),
     )
+    return [launch] if len(sums) == 1 else [launch, *add_partials_launches(sums)]
 
 
 _BLOCK_C = 32  # channels of a tile of partials: 128 bytes of a row
@@ -161,8 +157,8 @@ def _block_p(programs: int) -> int:
 
 
 def _loops(programs: int) -> tuple[int, ...]:
-    tiles = -(-min(programs, GROUP) // _block_p(programs))
-    return (tiles,)
+    """How often the loop over tiles of partials runs."""
+    return (-(-min(programs, GROUP) // _block_p(programs)),)
 
 
 def _merged_to(most: int, partials: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:

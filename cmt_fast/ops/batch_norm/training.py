@@ -2,11 +2,13 @@
 
 A sub-layer reads the module once (:func:`batch_norm_plan`), passes the plan to its autograd Function, which calls :func:`statistics` in
 its forward and :func:`reduced_sums` in its backward pass, and updates the module's buffers after the Function (:func:`update_running`), as
-``nn.BatchNorm2d`` does in its forward: under activation checkpointing whatever happens to a plain BatchNorm happens here.
+``nn.BatchNorm2d`` does in its forward: under activation checkpointing a recomputation updates them again, as a plain BatchNorm's (unless PyTorch stops
+it before, having recomputed all that was kept; ``CMT.set_grad_checkpointing`` updates once, always).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +44,7 @@ def batch_norm_reasons(name: str, bn: nn.Module, channels: int) -> list[str]:
     return reasons
 
 
-def batch_norm_plan(bn: nn.modules.batchnorm._BatchNorm, size: tuple[int, int, int, int]) -> BatchNormPlan:
+def batch_norm_plan(bn: nn.modules.batchnorm._BatchNorm, size: Sequence[int]) -> BatchNormPlan:
     """Of the BatchNorm ``bn`` for a map (B, C, H, W) of this size.
 
     Raises:
@@ -75,15 +77,15 @@ def statistics(
     return batch_norm_statistics_triton(partials, counts, weight, bias, plan.eps)
 
 
-def reduced_sums(plan: BatchNormPlan, sums: Tensor) -> Tensor:
+def reduced_sums(sums: Tensor, group: Any) -> Tensor:
     """The sums (2, C) over the batch that the gradient of BatchNorm's input needs, of the sums over this process's batch.
 
-    These themselves are the gradients of bias and weight: DDP averages them, as all gradients of parameters.
+    ``group``: of the plan. The sums themselves are the gradients of bias and weight: DDP averages them, as all gradients of parameters.
     """
-    if plan.group is None:
+    if group is None:
         return sums
     total = sums.clone()
-    dist.all_reduce(total, group=plan.group)
+    dist.all_reduce(total, group=group)
     return total
 
 
@@ -115,5 +117,5 @@ def _gathered(group: Any, partials: Tensor, counts: Tensor) -> tuple[Tensor, Ten
     """Moments (1, 2, C) and count (1,) of each process -> (processes, 2, C) and (processes,), in the order of their ranks."""
     own = torch.cat([counts, partials.flatten()])
     every = own.new_empty(dist.get_world_size(group), own.numel())
-    dist.all_gather_into_tensor(every, own, group=group)
+    dist.all_gather_into_tensor(every.view(-1), own, group=group)
     return every[:, 1:].unflatten(1, partials.shape[1:]), every[:, 0]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
 from cmt_fast.backend import select
 from cmt_fast.ops.checks import check_map, check_modules, check_same, shape_of
+from cmt_fast.ops.lmhsa.fused import lmhsa_fused, lmhsa_reasons
 from cmt_fast.ops.lmhsa.reference import lmhsa_reference
 
 
@@ -75,20 +77,18 @@ def lmhsa(
     if not relative_pos.is_floating_point():
         raise TypeError(f"relative_pos must be floating point, got {relative_pos.dtype}")
     check_same("relative_pos", relative_pos, "x", x)
-    select("lmhsa", {}, backend, device=x.device)
-    return lmhsa_reference(
-        x,
-        relative_pos,
+    parts: dict[str, Any] = dict(
         q=q,
         k=k,
         v=v,
         proj=proj,
-        num_heads=num_heads,
-        scale=scale,
         reduction=reduction,
         norm=norm,
         attn_drop=attn_drop,
         proj_drop=proj_drop,
         drop_path=drop_path,
-        shortcut=shortcut,
     )
+    candidates = {"triton": lambda: lmhsa_reasons(x, relative_pos, num_heads=num_heads, **parts)}
+    if select("lmhsa", candidates, backend, device=x.device) == "triton":
+        return lmhsa_fused(x, relative_pos, scale=scale, shortcut=shortcut, **parts)
+    return lmhsa_reference(x, relative_pos, num_heads=num_heads, scale=scale, shortcut=shortcut, **parts)
