@@ -15,6 +15,13 @@ from cmt_fast.inference.program import Padding, round_up
 from cmt_fast.ops._triton.device import DeviceLimits
 from cmt_fast.ops._triton.launch import Launch
 from cmt_fast.ops._triton.linear_launch import linear_launch
+from cmt_fast.ops._triton.statistics import (
+    GROUP,
+    add_partials_launches,
+    gradient_sums_launch,
+    merge_launch,
+    statistics_launch,
+)
 from cmt_fast.ops._triton.table import aligned
 from cmt_fast.ops.attention.triton_launch import attention_launch
 from cmt_fast.ops.attention.triton_train_launch import backward_launches
@@ -22,7 +29,13 @@ from cmt_fast.ops.depthwise.triton_launch import conv3x3_launch, reduce_launch
 from cmt_fast.ops.depthwise.triton_train_launch import conv3x3_backward_launch, reduce_backward_launch
 from cmt_fast.ops.head.triton_launch import features_launch
 from cmt_fast.ops.irffn.triton_launch import depthwise_project_launches, expand_launch
+from cmt_fast.ops.lmhsa.reduce_configs import reduce_config, window_count
 from cmt_fast.ops.lmhsa.triton_launch import absorbed_launch, projected_launch
+from cmt_fast.ops.lmhsa.triton_reduce_launch import (
+    norm_reduce_backward_launch,
+    norm_reduce_launch,
+    normalise_launch,
+)
 from cmt_fast.ops.lmhsa.triton_train_launch import (
     Core,
     Wanted,
@@ -226,6 +239,66 @@ def _core_tensors(shape: StageShape, dtype: torch.dtype) -> tuple[Core, Tensor, 
     return core, torch.empty_like(core.x), _vector(b, h, n)
 
 
+def lmhsa_reduce_fwd(shape: StageShape, dtype: torch.dtype, limits: DeviceLimits) -> list[Launch]:
+    """From the stream to what keys and values are products of: LayerNorm and reduction, then BatchNorm; in stage d LayerNorm alone."""
+    x, reduced, c, k = *_maps(shape, dtype), shape.dim, shape.sr_ratio
+    norm = (_vector(c), _vector(c), 1e-6)
+    if k == 1:
+        return [norm_reduce_launch(x, *norm, None, None, k, reduced, None, None)]
+    programs = reduce_config(reduced.numel() // c, c).programs
+    moments = _vector(programs, 2, c), _vector(programs)
+    return [
+        norm_reduce_launch(x, *norm, _vector(k * k, c), _vector(c), k, reduced, *moments),
+        normalise_launch(reduced, _vector(6, c), reduced),
+    ]
+
+
+def lmhsa_reduce_bwd(shape: StageShape, dtype: torch.dtype, limits: DeviceLimits) -> list[Launch]:
+    """From the gradients by way of the queries and of keys and values to that of the stream, with those of all parameters on the way."""
+    x, reduced, c, k = *_maps(shape, dtype), shape.dim, shape.sr_ratio
+    programs = reduce_config(window_count(x.shape, k), c).programs
+    norm, norm_partials = (_vector(c), _vector(c), 1e-6), _vector(programs, 2, c)
+    if k == 1:
+        arguments = (x, x, x, reduced, None, None, None, *norm, None, k, x, norm_partials, None)
+        return [norm_reduce_backward_launch(*arguments)]
+    batch_norm, tap_partials = (reduced, _vector(6, c), _vector(2, c)), _vector(programs, k * k + 1, c)
+    arguments = (x, x, x, reduced, *batch_norm, *norm, _vector(k * k, c), k, x, norm_partials, tap_partials)
+    return [
+        normalise_launch(reduced, _vector(6, c), reduced),  # again, for the gradients of the weights of keys and values
+        gradient_sums_launch(reduced, reduced, _vector(6, c)),
+        norm_reduce_backward_launch(*arguments),
+    ]
+
+
+def lmhsa_merges(shape: StageShape, dtype: torch.dtype, limits: DeviceLimits) -> list[Launch]:
+    """What merges the partial sums of the two before, small beside them."""
+    c = shape.dim
+    forward = lmhsa_reduce_fwd(shape, dtype, limits)[0].arguments
+    partials, counts = forward["partials"], forward["counts"]
+    launches = []
+    if isinstance(partials, Tensor) and isinstance(counts, Tensor):
+        if len(partials) > GROUP:
+            merged = [_vector(-(-len(t) // GROUP), *t.shape[1:]) for t in (partials, counts)]
+            launches.append(merge_launch(partials, counts, *merged))
+            partials, counts = merged
+        launches.append(statistics_launch(partials, counts, _vector(c), _vector(c), 1e-5, _vector(6, c)))
+    for launch in lmhsa_reduce_bwd(shape, dtype, limits):
+        found = (launch.arguments.get(name) for name in ("partials", "norm_partials", "tap_partials"))
+        launches += [added for t in found if isinstance(t, Tensor) for added in add_partials_launches(t)]
+    return launches
+
+
+def _maps(shape: StageShape, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A map and its reduction."""
+    x = torch.empty(shape.batch, shape.height, shape.width, shape.dim, dtype=dtype, device="meta")
+    return x, x.new_empty(shape.batch, shape.height // shape.sr_ratio, shape.width // shape.sr_ratio, shape.dim)
+
+
+def _in_stage_a(make: MakeLaunches) -> MakeLaunches:
+    """For kernels that are the same in all stages."""
+    return lambda shape, dtype, limits: make(shape, dtype, limits) if shape.name[-1] == "a" else []
+
+
 LAUNCHES: dict[str, MakeLaunches] = {
     "stem": stem,
     "patch_embed": patch_embed,
@@ -241,4 +314,7 @@ LAUNCHES: dict[str, MakeLaunches] = {
     "attention_bwd": attention_bwd,
     "lmhsa_core_fwd": lmhsa_core_fwd,
     "lmhsa_core_bwd": lmhsa_core_bwd,
+    "lmhsa_reduce_fwd": lmhsa_reduce_fwd,
+    "lmhsa_reduce_bwd": lmhsa_reduce_bwd,
+    "lmhsa_merges": _in_stage_a(lmhsa_merges),
 }
