@@ -19,7 +19,12 @@ class IRFFN(nn.Module):
         hidden_features: channels R of the expanded map, by default C.
         out_features: channels of the output, by default C.
         drop: dropout of the hidden map and of the output.
+
+    Attributes:
+        recompute: see :func:`cmt_fast.functional.irffn`; False unless it is set.
     """
+
+    recompute: bool = False
 
     def __init__(
         self, in_features: int, hidden_features: int | None = None, out_features: int | None = None, drop: float = 0.0
@@ -66,6 +71,7 @@ class IRFFN(nn.Module):
             drop=self.drop,
             drop_path=drop_path,
             shortcut=shortcut,
+            recompute=self.recompute,
         )
         return y.flatten(1, 2)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cmt_fast.ops.checks import PLAIN_POINTWISE
 from cmt_fast.ops.layout import nchw, nhwc
 
 
@@ -21,3 +22,6 @@ class PointwiseConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return nchw(F.linear(nhwc(x), self.weight.flatten(1), self.bias))
+
+
+PLAIN_POINTWISE.append(PointwiseConv)

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 #: ``cmt_fast.modules`` adds its own. Kernels may take the place of these.
 PLAIN_BATCH_NORMS: list[type[nn.Module]] = [nn.BatchNorm2d, nn.SyncBatchNorm]
 PLAIN_DROP_PATHS: list[type[nn.Module]] = []
+#: Classes whose forward is a 1x1 convolution, if that is the size of their kernel, and nothing else; likewise.
+PLAIN_POINTWISE: list[type[nn.Module]] = [nn.Conv2d]
 
 
 def shape_of(x: object) -> str:

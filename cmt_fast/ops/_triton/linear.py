@@ -90,7 +90,7 @@ def linear_rows(
         else:
             tile = load_tile(x, C, 0, rows, start, C, BLOCK_N, BLOCK_C)
         weights = load_tile(weight, C, 0, outputs, start, C, BLOCK_OUT, BLOCK_C)
-        total = tl.dot(tile, tl.trans(weights), total, input_precision=PRECISION)
+        total = tl.dot(tile.to(weights.dtype), tl.trans(weights), total, input_precision=PRECISION)
     return total
 
 
