@@ -252,18 +252,18 @@ def output_sums_kernel(
         partials: (programs, 2, C).
     """
     tiles = tl.cdiv(C, BLOCK_C)
-    program = (tl.program_id(0) // tiles).to(tl.int64)
+    program = tl.program_id(0) // tiles
     c = tl.program_id(0) % tiles * BLOCK_C + tl.arange(0, BLOCK_C)
     mean, rstd = tl.load(n3 + MEAN * C + c, c < C, 0.0)[None, :], tl.load(n3 + RSTD * C + c, c < C, 0.0)[None, :]
     plain = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
     weighted = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
     for step in range(STEPS):
         row = (program * STEPS + step) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
-        offset, inside = row * C + c[None, :], (row < rows) & (c < C)[None, :]
+        offset, inside = row.to(tl.int64) * C + c[None, :], (row < rows) & (c < C)[None, :]
         branch = _branch_gradient(grad, factor, row, rows, pixels, offset, inside)
         plain += branch
         weighted += branch * ((tl.load(y + offset, inside, 0.0).to(tl.float32) - mean) * rstd)
-    out = partials + program * (2 * C) + c
+    out = partials + program.to(tl.int64) * (2 * C) + c
     tl.store(out, tl.sum(plain, 0), c < C)
     tl.store(out + C, tl.sum(weighted, 0), c < C)
 
@@ -668,9 +668,9 @@ def _store_products(
 def _elements(rows, C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
     """The tile of a map (rows, C) of this program: rows (BLOCK_N, 1), channels (BLOCK_C,), offsets, and which are inside."""
     tiles = tl.cdiv(C, BLOCK_C)
-    row = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    row = tl.program_id(0) // tiles * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
     c = tl.program_id(0) % tiles * BLOCK_C + tl.arange(0, BLOCK_C)
-    return row, c, row * C + c[None, :], (row < rows) & (c < C)[None, :]
+    return row, c, row.to(tl.int64) * C + c[None, :], (row < rows) & (c < C)[None, :]
 
 
 @triton.jit
