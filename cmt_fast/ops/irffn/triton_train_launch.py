@@ -17,6 +17,7 @@ from cmt_fast.ops._triton.products import is_exact, precision_of
 from cmt_fast.ops._triton.statistics import add_partials
 from cmt_fast.ops._triton.tiling import block
 from cmt_fast.ops.irffn.train_configs import (
+    EXPAND_INPUT_CHUNK,
     EXPAND_TILE,
     PROJECT_INPUT_TILE,
     ProductConfig,
@@ -278,7 +279,7 @@ def dw_gradient_launch(du: Tensor, h: Tensor, n1: Tensor, weight: Tensor, dt: Te
 def expand_input_launch(dt: Tensor, h: Tensor, n1: Tensor, s1: Tensor, weight: Tensor, dz: Tensor) -> Launch:
     r, c = weight.shape
     rows = h.numel() // r
-    config = product_config(rows, r, c, weight.element_size(), is_exact(weight.dtype))
+    config = product_config(rows, r, c, weight.element_size(), is_exact(weight.dtype), chunk=EXPAND_INPUT_CHUNK)
     return _launch(
         expand_input_kernel,
         -(-rows // config.block_n) * -(-c // config.block_out),
