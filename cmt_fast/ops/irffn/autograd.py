@@ -117,11 +117,11 @@ class IRFFNFunction(torch.autograd.Function):
         if need_u:
             projection = p.project_weight.flatten(1).to(options.dtype)
             total = None if ctx.frozen[1] or s2 is None else reduced_sums(s2, groups[1])
-            du = kernels.project_input(dy, projection, u, n2, total)
             weight, bias = _folded(p, options.dtype)
             if h is None:
                 h, _, _ = kernels.expand(x, weight, bias, options.eps[0], False)
-            dt, sums = kernels.dw_gradient(du, h, n1, p.dw_weight)
+            # The gradient of u, as large as u, has no name: nothing keeps it longer than it is read.
+            dt, sums = kernels.dw_gradient(kernels.project_input(dy, projection, u, n2, total), h, n1, p.dw_weight)
             r = n1.shape[1]
             s1, d["dw_bias"], d["dw_weight"] = sums[: 2 * r].view(2, r), sums[2 * r : 3 * r], sums[3 * r :]
             d["bn1_bias"], d["bn1_weight"] = s1.unbind()
