@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,12 +12,10 @@ from cmt_fast.ops._triton.autocast import product_dtype
 from cmt_fast.ops._triton.reasons import DTYPES, call_reasons
 from cmt_fast.ops.attention.configs import MAX_HEAD_DIM
 from cmt_fast.ops.batch_norm.training import batch_norm_plan, batch_norm_reasons, update_running
-from cmt_fast.ops.checks import PLAIN_DROP_PATHS, not_plain
+from cmt_fast.ops.checks import not_plain
 from cmt_fast.ops.lmhsa.autograd import LMHSAFunction
 from cmt_fast.ops.lmhsa.reduce_configs import MAX_CHANNELS
-
-#: A part that may be any callable in the reference.
-Part = Callable[[Tensor], Tensor] | None
+from cmt_fast.ops.parts import Part, drop_path_factors, drop_path_reasons, dropout_reasons
 
 
 def lmhsa_reasons(
@@ -40,12 +38,8 @@ def lmhsa_reasons(
     linears = dict(q=q, k=k, v=v, proj=proj)
     reasons = [reason for name, part in linears.items() for reason in not_plain(name, part, nn.Linear)]
     reasons += not_plain("norm", norm, nn.LayerNorm)
-    reasons += _dropout_reasons("attn_drop", attn_drop) + _dropout_reasons("proj_drop", proj_drop)
-    if not (drop_path is None or _is_identity(drop_path)):
-        if isinstance(drop_path, nn.Module):
-            reasons += not_plain("drop_path", drop_path, *PLAIN_DROP_PATHS)
-        else:
-            reasons.append(f"drop_path is a {type(drop_path).__name__}, of which kernels do not know what it does")
+    reasons += dropout_reasons("attn_drop", attn_drop) + dropout_reasons("proj_drop", proj_drop)
+    reasons += drop_path_reasons(drop_path)
     if reduction is not None:
         reasons += _reduction_reasons(reduction, channels)
     if reasons:
@@ -96,10 +90,7 @@ def lmhsa_fused(
 ) -> Tensor:
     """What :func:`cmt_fast.functional.lmhsa` does, by the kernels; nothing may speak against it (:func:`lmhsa_reasons`)."""
     dtype = product_dtype(x)
-    factors = None
-    if isinstance(drop_path, nn.Module) and drop_path.training and not _is_identity(drop_path):
-        # The module draws, as it would for the branch (B, N, C): what it makes of ones are the factors.
-        factors = drop_path(x.new_ones(len(x), 1, 1, dtype=dtype)).flatten()
+    factors = drop_path_factors(drop_path, x, dtype)
     conv: Any = None
     bn: Any = None
     plan = None
@@ -135,19 +126,6 @@ def lmhsa_fused(
 def _parameters(part: nn.Module | None) -> tuple[Tensor | None, Tensor | None]:
     """Weight and bias of a part that may be missing."""
     return (None, None) if part is None else (part.weight, part.bias)  # type: ignore[return-value]
-
-
-def _is_identity(part: Part) -> bool:
-    return type(part) is nn.Identity and not not_plain("", part, nn.Identity)
-
-
-def _dropout_reasons(name: str, part: Part) -> list[str]:
-    """Dropout that drops nothing is none; what else a callable does is not known."""
-    if part is None or _is_identity(part):
-        return []
-    if type(part) is not nn.Dropout or not_plain(name, part, nn.Dropout):
-        return [f"{name} is a {type(part).__name__} or has hooks: kernels do not know what it does"]
-    return [f"{name} drops with p = {part.p}, which needs plain PyTorch"] if part.training and part.p > 0 else []
 
 
 def _reduction_reasons(reduction: nn.Module, channels: int) -> list[str]:
