@@ -12,8 +12,10 @@ import triton.language as tl
 MEAN: tl.constexpr = tl.constexpr(0)
 UNBIASED: tl.constexpr = tl.constexpr(1)  # variance, for the running statistics
 RSTD: tl.constexpr = tl.constexpr(2)  # 1 / sqrt(variance + eps)
-SCALE: tl.constexpr = tl.constexpr(3)  # weight * rstd, so that y = x * scale + shift
-SHIFT: tl.constexpr = tl.constexpr(4)  # bias - mean * scale
+SCALE: tl.constexpr = tl.constexpr(3)  # weight * rstd
+BIAS: tl.constexpr = tl.constexpr(
+    4
+)  # so that y = (x - mean) * scale + bias, which does not cancel where the variance is small
 SHARE: tl.constexpr = tl.constexpr(5)  # 1 / count: the share of a pixel in the statistics; 0 where they are frozen
 
 
@@ -114,14 +116,14 @@ def statistics_kernel(
     scale = rstd
     if weight is not None:
         scale *= tl.load(weight + c, channel, 0.0).to(tl.float32)
-    shift = -mean * scale
+    added = tl.zeros([BLOCK_C], tl.float32)
     if bias is not None:
-        shift += tl.load(bias + c, channel, 0.0).to(tl.float32)
+        added += tl.load(bias + c, channel, 0.0).to(tl.float32)
     tl.store(statistics + MEAN * C + c, mean, channel)
     tl.store(statistics + UNBIASED * C + c, m2 / (count - 1.0), channel)
     tl.store(statistics + RSTD * C + c, rstd, channel)
     tl.store(statistics + SCALE * C + c, scale, channel)
-    tl.store(statistics + SHIFT * C + c, shift, channel)
+    tl.store(statistics + BIAS * C + c, added, channel)
     tl.store(statistics + SHARE * C + c, tl.zeros([BLOCK_C], tl.float32) + 1.0 / count, channel)
 
 
@@ -216,9 +218,10 @@ def add_partials_kernel(
 
 @triton.jit
 def batch_norm(x, statistics, c, C: tl.constexpr):
-    """y = x * scale + shift: the normalised values of x (rows, columns) float32, of the channels c (columns,)."""
-    scale, shift = tl.load(statistics + SCALE * C + c, c < C, 0.0), tl.load(statistics + SHIFT * C + c, c < C, 0.0)
-    return x * scale[None, :] + shift[None, :]
+    """y = (x - mean) * scale + bias: the normalised values of x (rows, columns) float32, of the channels c (columns,)."""
+    mean, scale = tl.load(statistics + MEAN * C + c, c < C, 0.0), tl.load(statistics + SCALE * C + c, c < C, 0.0)
+    bias = tl.load(statistics + BIAS * C + c, c < C, 0.0)
+    return (x - mean[None, :]) * scale[None, :] + bias[None, :]
 
 
 @triton.jit

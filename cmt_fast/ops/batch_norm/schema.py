@@ -1,6 +1,6 @@
 """Schemas and fake implementations of what lies between two kernels of a BatchNorm: all that tracing needs, nothing compiled.
 
-The statistics (6, C) float32 hold mean, unbiased variance, 1 / sqrt(variance + eps), scale, shift, and the share 1 / n of a pixel: see
+The statistics (6, C) float32 hold mean, unbiased variance, 1 / sqrt(variance + eps), scale, bias, and the share 1 / n of a pixel: see
 ``ops/_triton/batch_norm.py``.
 """
 

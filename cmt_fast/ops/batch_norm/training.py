@@ -109,8 +109,8 @@ def _frozen(mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor 
     mean, variance = mean.float(), variance.float()
     rstd = torch.rsqrt(variance + eps)
     scale = rstd if weight is None else rstd * weight.float()
-    shift = -mean * scale if bias is None else bias.float() - mean * scale
-    return torch.stack([mean, variance, rstd, scale, shift, torch.zeros_like(mean)])
+    added = torch.zeros_like(mean) if bias is None else bias.float()
+    return torch.stack([mean, variance, rstd, scale, added, torch.zeros_like(mean)])
 
 
 def _gathered(group: Any, partials: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 
 from cmt_fast.ops._triton.batch_norm import (
+    BIAS,
     MEAN,
     RSTD,
     SCALE,
-    SHIFT,
     batch_norm,
     batch_norm_gradient,
     merge_moments,
@@ -122,18 +122,18 @@ def dw_kernel(
     empty = tl.zeros((PAIRS, BLOCK_C), tl.float32)
     if bias is not None:
         empty += tl.load(bias + tl.zeros((PAIRS, 1), tl.int32) + c[None, :], (c < R)[None, :], 0.0).to(tl.float32)
-    _, _, scale, shift = _load_rows(n1, c, R, PAIRS)
+    mean, _, scale, added = _load_rows(n1, c, R, PAIRS)
 
     # Two rows of u are unfinished, `this` and `next`. The row of h after the one at work is on its way, in a, e, o, b.
     row = h + (first - 1) * row_size
     a, e, o, b = load_pairs(row, first > 0, offset_e, offset_o, left, inside_e, inside_o, right, R)
-    a, e, o, b = _activated(a, e, o, b, first > 0, left, inside_e, inside_o, right, scale, shift, EXACT)
+    a, e, o, b = _activated(a, e, o, b, first > 0, left, inside_e, inside_o, right, mean, scale, added, EXACT)
     e0, e1, e2, o0, o1, o2 = neighbours(a, e, o, b, one, SPLIT)
     row += row_size
     a, e, o, b = load_pairs(row, True, offset_e, offset_o, left, inside_e, inside_o, right, R)
     _, _, next_e = slide(empty, empty, empty, e0, e1, e2, taps)
     _, _, next_o = slide(empty, empty, empty, o0, o1, o2, taps)
-    a, e, o, b = _activated(a, e, o, b, True, left, inside_e, inside_o, right, scale, shift, EXACT)
+    a, e, o, b = _activated(a, e, o, b, True, left, inside_e, inside_o, right, mean, scale, added, EXACT)
     e0, e1, e2, o0, o1, o2 = neighbours(a, e, o, b, one, SPLIT)
     more = first + 1 < height
     row += row_size
@@ -145,7 +145,7 @@ def dw_kernel(
     mean_e, m2_e, mean_o, m2_o = zero, zero, zero, zero
     last = tl.minimum(first + ROWS, height)
     for i in range(first, last):
-        a, e, o, b = _activated(a, e, o, b, i + 1 < height, left, inside_e, inside_o, right, scale, shift, EXACT)
+        a, e, o, b = _activated(a, e, o, b, i + 1 < height, left, inside_e, inside_o, right, mean, scale, added, EXACT)
         e0, e1, e2, o0, o1, o2 = neighbours(a, e, o, b, one, SPLIT)
         row = h + (i + 2) * row_size
         a, e, o, b = load_pairs(row, i + 2 < height, offset_e, offset_o, left, inside_e, inside_o, right, R)
@@ -403,7 +403,7 @@ def dw_gradient_kernel(
     h += start
     dt += start
     taps = load_taps(weight, c[None, :], (c < R)[None, :], 1, 9, True, True, PAIRS)
-    mean, rstd, scale, shift = _load_rows(n1, c, R, PAIRS)
+    mean, rstd, scale, added = _load_rows(n1, c, R, PAIRS)
     zero = tl.zeros((PAIRS, BLOCK_C), tl.float32)
     sum_dt, sum_normal, sum_du = zero, zero, zero
     upper, middle, lower = (zero, zero, zero), (zero, zero, zero), (zero, zero, zero)  # sums of the taps' rows
@@ -433,7 +433,7 @@ def dw_gradient_kernel(
         dt_e, dt_o = _add_row(dt_e, dt_o, below, taps[6], taps[7], taps[8])
         tl.store(dt + i * row_size + offset_e, dt_e.to(dt.dtype.element_ty), inside_e)
         tl.store(dt + i * row_size + offset_o, dt_o.to(dt.dtype.element_ty), inside_o)
-        t_e, t_o = g_e * scale + shift, g_o * scale + shift
+        t_e, t_o = (g_e - mean) * scale + added, (g_o - mean) * scale + added
         # A tap saw what lies on its side of a pixel: a pixel is in the lower row of taps for the gradients above it.
         lower = add_products(lower, *above, t_e, t_o)
         middle = add_products(middle, *here, t_e, t_o)
@@ -691,26 +691,26 @@ def _hidden_gradient(grad, x, statistics, sums, c, C: tl.constexpr, EXACT: tl.co
 
 @triton.jit
 def _load_rows(statistics, c, C: tl.constexpr, PAIRS: tl.constexpr):
-    """Mean, 1 / sigma, scale and shift of the channels c, one row for each row of a tile as in ``load_taps``."""
+    """Mean, 1 / sigma, scale and bias of the channels c, one row for each row of a tile as in ``load_taps``."""
     pointer = statistics + tl.zeros((PAIRS, 1), tl.int32) + c[None, :]
     channel = (c < C)[None, :]
     return (
         tl.load(pointer + MEAN * C, channel, 0.0),
         tl.load(pointer + RSTD * C, channel, 0.0),
         tl.load(pointer + SCALE * C, channel, 0.0),
-        tl.load(pointer + SHIFT * C, channel, 0.0),
+        tl.load(pointer + BIAS * C, channel, 0.0),
     )
 
 
 @triton.jit
-def _activated(a, e, o, b, there, left, inside_e, inside_o, right, scale, shift, EXACT: tl.constexpr):
+def _activated(a, e, o, b, there, left, inside_e, inside_o, right, mean, scale, added, EXACT: tl.constexpr):
     """A row of h as ``load_pairs`` gives it -> of t, 0 outside of the map, float32."""
     a, e, o, b = a.to(tl.float32), e.to(tl.float32), o.to(tl.float32), b.to(tl.float32)
     return (
-        tl.where(left & there, gelu(a, EXACT) * scale + shift, 0.0),
-        tl.where(inside_e & there, gelu(e, EXACT) * scale + shift, 0.0),
-        tl.where(inside_o & there, gelu(o, EXACT) * scale + shift, 0.0),
-        tl.where(right & there, gelu(b, EXACT) * scale + shift, 0.0),
+        tl.where(left & there, (gelu(a, EXACT) - mean) * scale + added, 0.0),
+        tl.where(inside_e & there, (gelu(e, EXACT) - mean) * scale + added, 0.0),
+        tl.where(inside_o & there, (gelu(o, EXACT) - mean) * scale + added, 0.0),
+        tl.where(right & there, (gelu(b, EXACT) - mean) * scale + added, 0.0),
     )
 
 
