@@ -39,7 +39,7 @@ from cmt_fast.ops.lmhsa.triton_reduce_launch import (
 )
 from cmt_fast.ops.lmhsa.triton_train_launch import (
     Core,
-    Wanted,
+    Gradients,
     core_backward_launches,
     core_forward_launch,
     layer_norm_launch,
@@ -212,10 +212,10 @@ def lmhsa_core_fwd(shape: StageShape, dtype: torch.dtype, limits: DeviceLimits) 
 
 
 def lmhsa_core_bwd(shape: StageShape, dtype: torch.dtype, limits: DeviceLimits) -> list[Launch]:
-    """Its backward pass with every gradient, without the products that follow it."""
+    """Its backward pass with every gradient; of several heads without the product dy = dq Wq."""
     core, z, lse = _core_tensors(shape, dtype)
-    dkv, dtable = torch.empty_like(core.keys_values), torch.empty_like(core.table)
-    wanted = Wanted(dkv, dtable, dq=True, normal=True, attended=True, sums=True)
+    products = (core.x, core.keys_values, core.table, core.query_weight, _vector(len(core.query_weight)))
+    wanted = Gradients(*products, core.out_weight, _vector(shape.dim))
     fused = core_backward_launches(core, z, lse, wanted, limits)
     return [layer_norm_launch(core, z)] if fused is None else fused[0]
 

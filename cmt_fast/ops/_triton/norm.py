@@ -1,4 +1,4 @@
-"""LayerNorm without its affine, and its gradient, of rows that a program holds whole."""
+"""LayerNorm of rows that a program holds whole, without its affine, and its gradient; and the affine."""
 
 import triton
 import triton.language as tl
@@ -41,3 +41,13 @@ def normal_rows_gradient(grad, normal, rstd, channels):
     """
     shared = (tl.sum(grad, 1) / channels)[:, None] + normal * (tl.sum(grad * normal, 1) / channels)[:, None]
     return (grad - shared) * rstd[:, None]
+
+
+@triton.jit
+def affine(x, weight, bias, c, C: tl.constexpr):
+    """x * weight + bias, of columns ``c`` (1, columns); weight and bias are pointers to (C,), or None."""
+    if weight is not None:
+        x *= tl.load(weight + c, c < C, 0.0).to(tl.float32)
+    if bias is not None:
+        x += tl.load(bias + c, c < C, 0.0).to(tl.float32)
+    return x

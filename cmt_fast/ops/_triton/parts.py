@@ -30,7 +30,7 @@ def sum_parts_kernel(
     parts += first * ROW
     for _ in tl.range(count, loop_unroll_factor=4):  # four loads are on their way at once
         total += tl.load(parts + i, inside, 0.0).to(tl.float32)
-        parts += rows.to(tl.int64) * ROW
+        parts += tl.cast(rows, tl.int64) * ROW  # a number where it is 1
     column = i % ROW
     tl.store(out + (first + i // ROW) * OUT_ROW + column, total.to(out.dtype.element_ty), inside & (column < COLUMNS))
 

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from cmt_fast.ops._triton.attend import attend, attend_backward
 from cmt_fast.ops._triton.linear import row_statistics
-from cmt_fast.ops._triton.norm import normalise_rows
+from cmt_fast.ops._triton.norm import affine, normalise_rows
 from cmt_fast.ops._triton.tiles import load_tile, store_tile
 
 
@@ -122,13 +122,12 @@ def core_backward_kernel(
     out_weight,
     row_scale,
     lse,
+    dy,
     dq,
     attended,
-    normal,
-    low_grad,
+    moments,
     dkeys_values,
     dlogits,
-    sums,
     images,
     tokens,
     keys,
@@ -152,18 +151,18 @@ def core_backward_kernel(
     PRECISION: tl.constexpr,
 ):
     """The gradients of one image and head over a part of its tokens, from the stream, the keys and values and the log-sum-exps: dk and dv stay in
-    registers, dq and what the gradients of the weights are products of are written once.
+    registers, dq and the output of the attention, which the gradients of the weights are products of, are written once.
 
     Heads vary fastest: the rows of x and grad, which they share, stay in the cache. The first of them writes what belongs to all.
 
     Args:
         grad: (images, tokens, C), of ``out``; x and the parameters as of :func:`core_forward_kernel`.
-        dq: (images, tokens, HEADS, KEY_DIM), in the dtype of the products.
-        attended: (images, tokens, HEADS, VALUE_DIM), the output of the attention times row_scale; normal: (images, tokens, C), LN(x); low_grad:
-            (images, tokens, C), grad; in the dtype of the products; each None if not needed.
+        dy: (images, tokens, C), of LN(x), in the dtype of the products; or None, as it must be with several heads, whose sum it is.
+        dq: (images, tokens, HEADS, KEY_DIM), attended: (images, tokens, HEADS, VALUE_DIM), the output of the attention; in the dtype of the
+            products; each None if not needed.
+        moments: (images * tokens, 2) float32, mean and 1 / sigma of each row of x, or None.
         dkeys_values: (parts, images, keys, HEADS * (KEY_DIM + VALUE_DIM)), or None.
         dlogits: (images, HEADS, tokens, LOGITS_ROW), zero beyond the keys, or None.
-        sums: (tiles of tokens, images, HEADS * KEY_DIM + C) float32: over the tokens of a tile, of dq and of row_scale * grad; or None.
         part_tokens: tokens of a part.
     """
     KV_ROW: tl.constexpr = HEADS * (KEY_DIM + VALUE_DIM)
@@ -185,19 +184,18 @@ def core_backward_kernel(
     for first in range(part * part_tokens, tl.minimum((part + 1) * part_tokens, tokens), BLOCK_N):
         left = tokens - first
         token = image * tokens + first
-        tile_sums = sums
-        if sums is not None:
-            tile_sums += (first // BLOCK_N * images + image) * (HEADS * KEY_DIM + C)
         if NORM:
             mean, rstd = row_statistics(x + token * C, left, eps, C, C, BLOCK_N, BLOCK_C)
+            if moments is not None and head == 0:
+                row = tl.arange(0, BLOCK_N)
+                tl.store(moments + 2 * (token + row), mean, row < left)
+                tl.store(moments + 2 * (token + row) + 1, rstd, row < left)
         total = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
         for start in range(0, C, BLOCK_C):
             rows = load_tile(x + token * C, C, 0, left, start, C, BLOCK_N, BLOCK_C).to(tl.float32)
             if NORM:
                 rows = (rows - mean[:, None]) * rstd[:, None]
-                rows = _affine(rows, norm_weight, norm_bias, start + tl.arange(0, BLOCK_C)[None, :], C)
-            if normal is not None and head == 0:
-                store_tile(normal + token * C + start, rows, C, left, C - start)
+                rows = affine(rows, norm_weight, norm_bias, start + tl.arange(0, BLOCK_C)[None, :], C)
             weight = load_tile(query_weight + head * KEY_DIM * C, C, 0, KEY_DIM, start, C, BLOCK_K, BLOCK_C)
             total = tl.dot(rows.to(dtype), tl.trans(weight), total, input_precision=PRECISION)
         if query_bias is not None:
@@ -205,13 +203,7 @@ def core_backward_kernel(
         query = total.to(dtype)
         total = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
         for start in range(0, C, BLOCK_C):
-            g = load_tile(grad + token * C, C, 0, left, start, C, BLOCK_N, BLOCK_C)
-            scaled = g.to(tl.float32) * factor
-            if low_grad is not None and head == 0:
-                store_tile(low_grad + token * C + start, g, C, left, C - start)
-            if sums is not None and head == 0:
-                c = start + tl.arange(0, BLOCK_C)
-                tl.store(tile_sums + HEADS * KEY_DIM + c, tl.sum(scaled, 0), c < C)
+            scaled = load_tile(grad + token * C, C, 0, left, start, C, BLOCK_N, BLOCK_C).to(tl.float32) * factor
             weight = load_tile(
                 out_weight + head * VALUE_DIM, HEADS * VALUE_DIM, start, C, 0, VALUE_DIM, BLOCK_C, BLOCK_V
             )
@@ -237,18 +229,21 @@ def core_backward_kernel(
             place = dlogits + ((image * HEADS + head) * tokens + first) * LOGITS_ROW
             store_tile(place, change, LOGITS_ROW, left, LOGITS_ROW)
         if attended is not None:
-            values = tl.dot(weights, value_rows, input_precision=PRECISION) * factor
+            values = tl.dot(weights, value_rows, input_precision=PRECISION)
             place = attended + (token * HEADS + head) * VALUE_DIM
             store_tile(place, values, HEADS * VALUE_DIM, left, VALUE_DIM)
         if dkeys_values is not None:
             dv = tl.dot(tl.trans(weights), dvalues, dv, input_precision=PRECISION)
             dk = tl.dot(tl.trans(change), query, dk, input_precision=PRECISION)
-        if dq is not None:
-            found = tl.dot(change, key_rows, input_precision=PRECISION) * scale
-            store_tile(dq + (token * HEADS + head) * KEY_DIM, found, HEADS * KEY_DIM, left, KEY_DIM)
-            if sums is not None:
-                dim = tl.arange(0, BLOCK_K)
-                tl.store(tile_sums + head * KEY_DIM + dim, tl.sum(found, 0), dim < KEY_DIM)
+        if dq is not None or dy is not None:
+            found = (tl.dot(change, key_rows, input_precision=PRECISION) * scale).to(dtype)
+            if dq is not None:
+                store_tile(dq + (token * HEADS + head) * KEY_DIM, found, HEADS * KEY_DIM, left, KEY_DIM)
+            if dy is not None:
+                for start in range(0, C, BLOCK_C):
+                    weight = load_tile(query_weight, C, 0, KEY_DIM, start, C, BLOCK_K, BLOCK_C)
+                    rows = tl.dot(found, weight, input_precision=PRECISION)
+                    store_tile(dy + token * C + start, rows, C, left, C - start)
     if dkeys_values is not None:
         dkeys_values += (part * images + image) * keys * KV_ROW
         store_tile(dkeys_values + head * KEY_DIM, dk * scale, KV_ROW, keys, KEY_DIM)
@@ -281,18 +276,8 @@ def _normal_rows(
     wide = load_tile(x, C, 0, rows, 0, C, BLOCK_N, BLOCK_C).to(tl.float32)
     if NORM:
         c = tl.arange(0, BLOCK_C)[None, :]
-        wide = _affine(normalise_rows(wide, c < C, C, eps, C < BLOCK_C), weight, bias, c, C)
+        wide = affine(normalise_rows(wide, c < C, C, eps, C < BLOCK_C), weight, bias, c, C)
     return wide
-
-
-@triton.jit
-def _affine(x, weight, bias, c, C: tl.constexpr):
-    """x * weight + bias, of columns ``c`` (1, columns); weight and bias are pointers to (C,), or None."""
-    if weight is not None:
-        x *= tl.load(weight + c, c < C, 0.0).to(tl.float32)
-    if bias is not None:
-        x += tl.load(bias + c, c < C, 0.0).to(tl.float32)
-    return x
 
 
 @triton.jit

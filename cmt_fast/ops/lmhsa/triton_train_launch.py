@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cmt_fast.ops._triton.device import DeviceLimits, device_limits
 from cmt_fast.ops._triton.launch import Launch
+from cmt_fast.ops._triton.linear_gradient import Normal, linear_gradient_launches
 from cmt_fast.ops._triton.parts import sum_parts_launch, whole_vectors
 from cmt_fast.ops._triton.products import is_exact, precision_of
 from cmt_fast.ops._triton.table import aligned, table_layout
@@ -116,103 +117,72 @@ def lmhsa_core_bwd(
         x, norm_weight, norm_bias, eps, query_weight, query_bias, keys_values, table, out_weight, row_scale, scale
     )
     grad = grad.contiguous()
-    need_y, need_kv, need_table, need_wq, need_bq, need_wo, need_bo = needs
-
-    def empty(needed: bool, like: Tensor, dtype: torch.dtype = core.dtype) -> Tensor:
-        return torch.empty(like.shape[0] if needed else 0, *like.shape[1:], dtype=dtype, device=x.device)
-
-    dy, dkv, dtable = empty(need_y, x), empty(need_kv, keys_values), empty(need_table, table, torch.float32)
-    dwq, dbq = empty(need_wq, query_weight), empty(need_bq, query_weight[:, 0], torch.float32)
-    dwo, dbo = empty(need_wo, out_weight), empty(need_bo, out_weight[:, 0], torch.float32)
-    found = dy, dkv, dtable, dwq, dbq, dwo, dbo
+    shapes = x, keys_values, table, query_weight, query_weight[:, 0], out_weight, out_weight[:, 0]
+    dtypes = core.dtype, core.dtype, torch.float32, core.dtype, torch.float32, core.dtype, torch.float32
+    found = *(
+        torch.empty(like.shape[0] if needed else 0, *like.shape[1:], dtype=dtype, device=x.device)
+        for needed, like, dtype in zip(needs, shapes, dtypes)
+    ),
     if not x.numel():  # sums of nothing
         for t in found:
             t.zero_()
         return found
-    wanted = Wanted(
-        dkv=dkv if need_kv else None,
-        dtable=dtable if need_table else None,
-        dq=need_y or need_wq or need_bq,
-        normal=need_wq,
-        attended=need_wo,
-        sums=need_bq or need_bo,
-    )
+    wanted = Gradients(*(t if needed else None for needed, t in zip(needs, found)))
     fused = core_backward_launches(core, grad, lse, wanted, device_limits(x.device))
     if fused is None:
-        parts = _composed_backward(core, grad, lse, wanted)
-    else:
-        launches, parts = fused
-        for launch in launches:
-            launch.run()
-    if need_y:
-        torch.mm(_rows(parts.dq), core.query_weight, out=_rows(dy))
-    if need_wq:
-        torch.mm(_rows(parts.dq).t(), _rows(parts.normal), out=dwq)
-    if need_wo:
-        torch.mm(_rows(parts.grad).t(), _rows(parts.attended), out=dwo)
-    if parts.sums is not None:
-        dq_sum, grad_sum = parts.sums.sum((0, 1)).split([len(query_weight), x.shape[2]])
-        if need_bq:
-            dbq.copy_(dq_sum)
-        if need_bo:
-            dbo.copy_(grad_sum)
+        _composed_backward(core, grad, lse, wanted)
+        return found
+    launches, dq = fused
+    for launch in launches:
+        launch.run()
+    if wanted.dy is not None and dq is not None:
+        torch.mm(_rows(dq), core.query_weight, out=_rows(wanted.dy))
     return found
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What a backward pass shall write: into tensors, or for the products that follow it."""
+class Gradients:
+    """Tensors to write the gradients into, None where one is not wanted; shapes and dtypes: ``schema.py``."""
 
+    dy: Tensor | None
     dkv: Tensor | None
     dtable: Tensor | None
-    dq: bool
-    normal: bool
-    attended: bool
-    sums: bool
+    dwq: Tensor | None
+    dbq: Tensor | None
+    dwo: Tensor | None
+    dbo: Tensor | None
 
 
-@dataclass(frozen=True)
-class Products:
-    """What the gradients of the weights are made of; None where it is not wanted.
-
-    dy = dq Wq, dWq = dq^T normal and dWo = grad^T attended, each (B, N, ...) in the dtype of the products, stochastic depth's factor in either
-    ``grad`` or ``attended``; sums (tiles, B, h d_qk + C) float32: of dq and of grad with that factor, over the tokens of a tile of an image.
-    """
-
-    dq: Tensor | None
-    normal: Tensor | None
-    grad: Tensor
-    attended: Tensor | None
-    sums: Tensor | None
-
-
-def _composed_backward(core: Core, grad: Tensor, lse: Tensor, wanted: Wanted) -> Products:
+def _composed_backward(core: Core, grad: Tensor, lse: Tensor, wanted: Gradients) -> None:
     """By products, and the kernels of the primitive."""
-    heads, dtype, b = len(core.table), core.dtype, len(grad)
-    grad_sum = None
+    heads, dtype = len(core.table), core.dtype
     if core.row_scale is not None:
         grad = grad * core.row_scale.to(torch.float32)[:, None, None]
-    if wanted.sums:
-        grad_sum = grad.sum(1, dtype=torch.float32)  # (B, C)
+    if wanted.dbo is not None:
+        wanted.dbo.copy_(grad.sum((0, 1), dtype=torch.float32))
     grad = grad.to(dtype)
     normal = _normal(core)
     q, k, v = _queries_keys_values(core, normal)
     dvalues = _heads(grad @ core.out_weight, heads)
     out = None
-    if wanted.attended or not holds_all_keys(k.shape[2], max(core.head_dims), q.element_size()):
+    if wanted.dwo is not None or not holds_all_keys(k.shape[2], max(core.head_dims), q.element_size()):
         out, _ = reduced_kv_attention_fwd(q, k, v, core.table, core.scale)
-    needs = [wanted.dq, wanted.dkv is not None, wanted.dkv is not None, wanted.dtable is not None]
+    need_q = any(t is not None for t in (wanted.dy, wanted.dwq, wanted.dbq))
+    needs = [need_q, wanted.dkv is not None, wanted.dkv is not None, wanted.dtable is not None]
     dq, dk, dv, dtable = reduced_kv_attention_bwd(dvalues, q, k, v, core.table, lse, out, core.scale, needs)
     dq = _tokens(dq)
+    if wanted.dy is not None:
+        torch.mm(_rows(dq), core.query_weight, out=_rows(wanted.dy))
     if wanted.dkv is not None:
         torch.cat([_tokens(dk), _tokens(dv)], dim=-1, out=wanted.dkv)
     if wanted.dtable is not None:
         wanted.dtable.copy_(dtable)
-    sums = None
-    if grad_sum is not None:
-        dq_sum = dq.sum(1, dtype=torch.float32) if wanted.dq else grad.new_zeros(b, len(core.query_weight))
-        sums = torch.cat([dq_sum, grad_sum], dim=-1)[None]
-    return Products(dq, normal, grad, None if out is None else _tokens(out), sums)
+    if wanted.dwq is not None:
+        torch.mm(_rows(dq).t(), _rows(normal), out=wanted.dwq)
+    if wanted.dbq is not None:
+        wanted.dbq.copy_(dq.sum((0, 1), dtype=torch.float32))
+    if wanted.dwo is not None and out is not None:
+        torch.mm(_rows(grad).t(), _rows(_tokens(out)), out=wanted.dwo)
 
 
 def core_forward_launch(
@@ -240,9 +210,12 @@ def core_forward_launch(
 
 
 def core_backward_launches(
-    core: Core, grad: Tensor, lse: Tensor, wanted: Wanted, limits: DeviceLimits
-) -> tuple[list[Launch], Products] | None:
-    """The launches of the backward pass, in order, and what they write for the products that follow; None where one kernel does not fit."""
+    core: Core, grad: Tensor, lse: Tensor, wanted: Gradients, limits: DeviceLimits
+) -> tuple[list[Launch], Tensor | None] | None:
+    """The launches of the backward pass, in order; None where one kernel does not fit.
+
+    Also dq (B, N, h d_qk), where dy = dq Wq is not among what they write: a product of its own, or it would be a sum over programs.
+    """
     config = core_backward_config(*core.sizes, limits)
     if config is None:
         return None
@@ -251,22 +224,22 @@ def core_backward_launches(
     def empty(needed: bool, *size: int, dtype: torch.dtype = core.dtype) -> Tensor | None:
         return torch.empty(size, dtype=dtype, device=grad.device) if needed else None
 
-    dq = empty(wanted.dq, images, tokens, heads * d)
-    attended = empty(wanted.attended, images, tokens, heads * dv)
-    as_it_is = core.eps is None and core.x.dtype == core.dtype
-    normal = empty(wanted.normal and not as_it_is, images, tokens, channels)
-    low_grad = empty(wanted.attended and grad.dtype != core.dtype, images, tokens, channels)
-    sums = empty(wanted.sums, -(-tokens // config.block_n), images, heads * d + channels, dtype=torch.float32)
+    dy = wanted.dy if heads == 1 else None
+    product = wanted.dy is not None and heads > 1
+    query = wanted.dwq is not None or wanted.dbq is not None
+    output = wanted.dwo is not None or wanted.dbo is not None
+    dq = empty(product or query, images, tokens, heads * d)
+    attended = empty(output, images, tokens, heads * dv)
+    moments = empty(query and core.eps is not None, images * tokens, 2, dtype=torch.float32)
     dlogits = empty(wanted.dtable is not None, images, heads, tokens, whole_vectors(keys, itemsize))
     dkv = wanted.dkv
     if dkv is not None:
         dkv = dkv[None] if config.parts == 1 else empty(True, config.parts, *dkv.shape, dtype=torch.float32)
-    written = dict(
-        dq=dq, attended=attended, normal=normal, low_grad=low_grad, dkeys_values=dkv, dlogits=dlogits, sums=sums
-    )
+    written = dict(dy=dy, dq=dq, attended=attended, moments=moments, dkeys_values=dkv, dlogits=dlogits)
     read = dict(**_arguments(core), lse=lse, grad=grad)
     chunks = -(-channels // min(CHUNK, block(channels)))
-    dots = 2 * (d + dv) * keys + 2 * (d + dv) * keys + channels * (d + dv)
+    dots = 2 * (d + dv) * keys + 2 * (d + dv) * keys + channels * (d + dv + (d if dy is not None else 0))
+    passes = 2 + (core.eps is not None) + (dy is not None)
     launches = [
         Launch(
             kernel=core_backward_kernel,
@@ -292,16 +265,19 @@ def core_backward_launches(
             writes=_bytes(written),
             flops=2 * images * heads * tokens * dots,
             elements=grad.numel(),
-            loops=tuple(steps for steps in (config.part_queries / config.block_n, *3 * [chunks]) if steps > 1),
+            loops=tuple(steps for steps in (config.part_queries / config.block_n, *passes * [chunks]) if steps > 1),
         )
     ]
     if dlogits is not None and wanted.dtable is not None:
         launches.append(sum_parts_launch(dlogits, wanted.dtable))
     if dkv is not None and wanted.dkv is not None and config.parts > 1:
         launches.append(sum_parts_launch(dkv, wanted.dkv))
-    return launches, Products(
-        dq, core.x if as_it_is else normal, grad if low_grad is None else low_grad, attended, sums
-    )
+    if query and dq is not None:
+        norm = None if moments is None else Normal(moments, core.norm_weight, core.norm_bias)
+        launches += linear_gradient_launches(dq, core.x, wanted.dwq, wanted.dbq, norm=norm)
+    if output and attended is not None:
+        launches += linear_gradient_launches(grad, attended, wanted.dwo, wanted.dbo, row_scale=core.row_scale)
+    return launches, dq if product else None
 
 
 def layer_norm_launch(core: Core, out: Tensor) -> Launch:
@@ -394,7 +370,6 @@ def _tokens(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def _rows(x: Tensor | None) -> Tensor:
-    """(B, N, C) -> (B N, C), a view; of what was wanted, and so is there."""
-    assert x is not None
+def _rows(x: Tensor) -> Tensor:
+    """(B, N, C) -> (B N, C), a view."""
     return x.flatten(0, 1)
