@@ -181,7 +181,8 @@ def core_backward_kernel(
     dk = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
     dv = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     dtype = query_weight.dtype.element_ty
-    for first in range(part * part_tokens, tl.minimum((part + 1) * part_tokens, tokens), BLOCK_N):
+    last = tl.minimum((part + 1) * part_tokens, tokens)
+    for first in tl.range(part * part_tokens, last, BLOCK_N, disable_licm=True):  # addresses hoisted out of it would spill
         left = tokens - first
         token = image * tokens + first
         if NORM:
