@@ -1,6 +1,8 @@
 """The core of the attention sub-layer in training, in Triton's interpreter: fused and composed, every gradient against float64."""
 
 import dataclasses
+import importlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,15 +10,17 @@ import torch.nn.functional as F
 from mutation import mutate
 from torch import Tensor
 
-from cmt_fast.ops._triton import attend, norm, tiles
+from cmt_fast.ops._triton import attend, linear_gradient, norm, tiles
 from cmt_fast.ops._triton.device import ARCHITECTURES
 from cmt_fast.ops.attention import configs as attention_configs
 from cmt_fast.ops.lmhsa import configs, triton_train_launch
 from cmt_fast.ops.lmhsa.schema import lmhsa_core_bwd, lmhsa_core_fwd
 from cmt_fast.testing.poison import poisoned_empty
+from cmt_fast.testing.shapes import stage_shapes
 from cmt_fast.testing.tolerance import Comparison, compare
 
 F16, F32 = torch.float16, torch.float32
+ROOT = Path(__file__).parents[2]
 GRADIENTS = ("dy", "dkv", "dtable", "dwq", "dbq", "dwo", "dbo")
 
 #: Arguments of ``lmhsa_core_fwd`` by name, and dz.
@@ -218,21 +222,25 @@ def test_opcheck():
         torch.library.opcheck(lmhsa_core_bwd, (call["dz"], *both, lse, call["scale"], needs), test_utils=quick)
 
 
-def test_nothing_but_the_inputs_and_the_log_sum_exps_is_kept():
-    """The bytes of the launches are those of the plan: x read, z written; x and dz read, and four maps written backward."""
-    b, h, n, m, c = 8, 1, 64, 49, 64
-    call = make((b, h, n, m, c, 64, 64), torch.bfloat16, torch.bfloat16)
-    call = {name: t.to("meta") if isinstance(t, Tensor) else t for name, t in call.items()}
-    names = [field.name for field in dataclasses.fields(triton_train_launch.Core)]
-    core, limits = triton_train_launch.Core(**{name: call[name] for name in names}), ARCHITECTURES[90]
-    lse = torch.empty(b, h, n, dtype=F32, device="meta")
-    x, small = core.x.nbytes, sum(t.nbytes for t in vars(core).values() if isinstance(t, Tensor)) - core.x.nbytes
-    forward = triton_train_launch.core_forward_launch(core, call["out_bias"], core.x, lse, True, limits)
-    assert x <= forward.reads <= x + 2 * small and forward.writes == x + lse.nbytes
-    wanted = triton_train_launch.Wanted(core.keys_values, torch.empty_like(core.table), True, True, True, True)
-    (backward, *_), _ = triton_train_launch.core_backward_launches(core, core.x, lse, wanted, limits)
-    assert 2 * x <= backward.reads <= 2 * x + 2 * small + lse.nbytes
-    assert backward.writes <= 1.1 * (4 * x + core.keys_values.nbytes), "dq, o, LN(x) and the gradient of the logits"
+@pytest.mark.parametrize("stage", stage_shapes("cmt_s", 128)[:3], ids=lambda s: s.name)
+def test_bytes_that_move_are_the_plan_s(stage, monkeypatch):
+    """In units of a map, the plan has: forward, one read and one written; backward, two read and three written (dy, dq and the output of the
+    attention), four read by the products of both weights, and the gradient of the logits, 64 columns a row, written and read again."""
+    monkeypatch.undo()
+    monkeypatch.syspath_prepend(ROOT)
+    launches = importlib.import_module("benchmarks.launches")
+    (forward,), backward = (
+        make(stage, torch.bfloat16, ARCHITECTURES[90]) for make in (launches.lmhsa_core_fwd, launches.lmhsa_core_bwd)
+    )
+    unit = stage.batch * stage.queries * stage.dim * 2
+    arguments = forward.arguments
+    keys_values, table, lse = (arguments[name].nbytes for name in ("keys_values", "table", "lse"))
+    assert 2 * unit <= forward.reads + forward.writes <= 1.1 * (2 * unit + keys_values + table + lse)
+    logits = stage.batch * stage.heads * stage.queries * 64 * 2
+    plan = (2 + 3 + 4) * unit + 2 * logits + 2 * keys_values + 2 * table + lse
+    product = 0 if stage.heads == 1 else 2 * unit + arguments["query_weight"].nbytes  # dy = dq Wq
+    moved = sum(launch.reads + launch.writes for launch in backward) + product
+    assert plan <= moved <= 1.1 * plan
 
 
 # ---- a wrong kernel is found ---------------------------------------------------------------------------------------------
@@ -242,11 +250,12 @@ MUTATIONS = {
     "no shortcut": ("        total += load_tile(x, C, 0, left, 0, C, BLOCK_N, BLOCK_C).to(tl.float32)", "        total += 0.0"),
     "no bias of LayerNorm": ("x += tl.load(bias + c, c < C, 0.0).to(tl.float32)", "x += 0.0"),
     "log-sum-exp of the first head": ("lse + (image * HEADS + head) * tokens + first + row", "lse + image * HEADS * tokens + first + row"),
-    "gradient without stochastic depth": ("scaled = g.to(tl.float32) * factor", "scaled = g.to(tl.float32)"),
-    "output without stochastic depth": ("values = tl.dot(weights, value_rows, input_precision=PRECISION) * factor", "values = tl.dot(weights, value_rows, input_precision=PRECISION)"),
+    "gradient without stochastic depth": ("BLOCK_N, BLOCK_C).to(tl.float32) * factor", "BLOCK_N, BLOCK_C).to(tl.float32)"),
+    "moments of the first tile": ("moments + 2 * (token + row) + 1", "moments + 2 * (image * tokens + row) + 1"),
     "dk without scale": ("dk * scale", "dk"),
     "table of the first head": ("table + head * table_head + first", "table + first"),
-    "sums of one tile": ("tile_sums += (first // BLOCK_N * images + image)", "tile_sums += image"),
+    "dy of the queries": ("rows = tl.dot(found, weight, input_precision=PRECISION)", "rows = tl.dot(query, weight, input_precision=PRECISION)"),
+    "no norm before the query's weight": ("(normal.to(tl.float32) - mean) * rstd", "normal.to(tl.float32)"),
     "weights of the first head": ("out_weight + head * VALUE_DIM, HEADS * VALUE_DIM, start", "out_weight, HEADS * VALUE_DIM, start"),
 }  # fmt: skip
 
@@ -255,10 +264,13 @@ def wrong_results(monkeypatch, tmp_path, old: str, new: str) -> list[str]:
     """What leaves the policy when the kernels' source is changed."""
     from cmt_fast.ops.lmhsa import triton_train_kernels
 
-    *_, kernels = mutate(monkeypatch, tmp_path, [tiles, norm, attend, triton_train_kernels], old, new)
+    modules = [tiles, norm, attend, linear_gradient, triton_train_kernels]
+    *_, gradient, kernels = mutate(monkeypatch, tmp_path, modules, old, new)
+    monkeypatch.setattr(triton_train_launch, "linear_gradient_launches", gradient.linear_gradient_launches)
     for name in ("core_forward_kernel", "core_backward_kernel"):
         monkeypatch.setattr(triton_train_launch, name, getattr(kernels, name))
-    return [str(result) for result in compared(make((2, 2, 36, 9, 24, 12, 10))) if not result.passed]
+    results = compared(make((2, 2, 36, 9, 24, 12, 10))) + compared(make((2, 1, 18, 9, 24, 12, 10)))
+    return [str(result) for result in results if not result.passed]
 
 
 def test_without_a_mutation(monkeypatch, tmp_path):

@@ -19,8 +19,8 @@ from cmt_fast.ops._triton.tiling import block
 
 #: Programs that fill every GPU: sums over the rows are cut for so many. No GPU may change their bits, so it is not asked.
 _PROGRAMS = 132
-#: Share of the operands' bytes that partial sums may write and read again.
-_PARTIALS = 0.1
+#: Partial sums written and read again, beside the operands, in bytes: more of them, and attention's backward pass would leave its plan of bytes.
+_PARTIALS = 0.075
 
 
 @dataclass(frozen=True)
@@ -131,9 +131,9 @@ def linear_gradient_launches(
         grad=grad,
         x=x,
         row_scale=row_scale,
-        moments=norm and norm.moments,
-        norm_weight=norm and norm.weight,
-        norm_bias=norm and norm.bias,
+        moments=None if norm is None else norm.moments,
+        norm_weight=None if norm is None else norm.weight,
+        norm_bias=None if norm is None else norm.bias,
     )
     products = torch.empty(config.parts, outputs, inputs, dtype=torch.float32, device=grad.device)
     sums = None if dbias is None else torch.empty_like(products[:, :, 0])
@@ -183,7 +183,7 @@ def linear_gradient_config(rows: int, outputs: int, inputs: int, itemsize: int) 
     block_out, block_in = min(64, block(outputs)), min(64, block(inputs))
     block_n = min(128 // itemsize, block(rows))
     tiles = -(-outputs // block_out) * -(-inputs // block_in)
-    small = int(_PARTIALS * rows * (outputs + inputs) * itemsize / (8 * outputs * inputs))
+    small = round(_PARTIALS * rows * (outputs + inputs) * itemsize / (8 * outputs * inputs))
     parts = max(1, min(-(-_PROGRAMS // tiles), small))
     steps = -(-rows // (block_n * parts))
     return LinearGradientConfig(block_n, block_out, block_in, -(-rows // (block_n * steps)), steps)

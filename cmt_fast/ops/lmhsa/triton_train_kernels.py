@@ -182,7 +182,9 @@ def core_backward_kernel(
     dv = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     dtype = query_weight.dtype.element_ty
     last = tl.minimum((part + 1) * part_tokens, tokens)
-    for first in tl.range(part * part_tokens, last, BLOCK_N, disable_licm=True):  # addresses hoisted out of it would spill
+    for first in tl.range(
+        part * part_tokens, last, BLOCK_N, disable_licm=True
+    ):  # addresses hoisted out of it would spill
         left = tokens - first
         token = image * tokens + first
         if NORM:

@@ -111,7 +111,7 @@ def lmhsa_core_bwd(
     lse: Tensor,
     scale: float,
     needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Shapes and dtypes: ``schema.py``."""
     core = _core(
         x, norm_weight, norm_bias, eps, query_weight, query_bias, keys_values, table, out_weight, row_scale, scale
@@ -119,10 +119,10 @@ def lmhsa_core_bwd(
     grad = grad.contiguous()
     shapes = x, keys_values, table, query_weight, query_weight[:, 0], out_weight, out_weight[:, 0]
     dtypes = core.dtype, core.dtype, torch.float32, core.dtype, torch.float32, core.dtype, torch.float32
-    found = *(
+    found = tuple(
         torch.empty(like.shape[0] if needed else 0, *like.shape[1:], dtype=dtype, device=x.device)
         for needed, like, dtype in zip(needs, shapes, dtypes)
-    ),
+    )
     if not x.numel():  # sums of nothing
         for t in found:
             t.zero_()
