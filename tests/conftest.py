@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 
-from cmt_fast.backend import get_backend, set_backend
+import cmt_fast
+from cmt_fast.backend import get_backend, interpreting, set_backend
 from cmt_fast.testing.poison import poisoned_empty
 
 # What commands print has room for a temporary folder's name, whatever terminal the tests run in.
@@ -16,6 +19,21 @@ os.environ["COLUMNS"] = "250"
 # The tensors of tests are tiny: threads only cost time, here and in the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def _import_kernels() -> None:
+    """Without a GPU kernels are interpreted, and so is the part of Triton's language that is written in itself: both are settled when they are imported,
+    so this comes before any test that imports Triton."""
+    package = Path(cmt_fast.__file__).parent
+    files = sorted([*package.glob("ops/_triton/*.py"), *package.glob("ops/*/triton_*kernels.py")])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        for file in files:
+            importlib.import_module(f"cmt_fast.ops.{file.parent.name}.{file.stem}")
+
+
+if find_spec("triton") is not None and (interpreting() or not torch.cuda.is_available()):
+    _import_kernels()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -56,7 +56,7 @@ def test_threads_are_set_and_recorded(tmp_path):
         (["--model", "cmt_xl"], "unknown model 'cmt_xl'; expected one of cmt_ti, cmt_xs, cmt_s, cmt_b"),
         (
             ["--provider", "theirs"],
-            "unknown provider 'theirs'; expected one of original, original-channels-last, reference",
+            "unknown provider 'theirs'; expected one of original, original-code, original-channels-last, reference",
         ),
         (["--dtype", "int8"], "unknown dtype 'int8'; expected one of float32, bfloat16"),
         (["--mode", "train"], "unknown mode 'train'; expected one of inference, training"),

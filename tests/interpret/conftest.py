@@ -1,27 +1,18 @@
 """Kernels in Triton's interpreter, on a CPU: right or wrong, not fast.
 
-Whether a kernel is interpreted is settled when it is imported, for the whole process. Without a GPU nothing else needs one, so they are
-imported here; on a machine with a GPU other tests need them compiled, and this folder runs alone: TRITON_INTERPRET=1 pytest tests/interpret.
+Whether a kernel is interpreted is settled when it is imported, for the whole process. Without a GPU nothing else needs one, so ``tests/conftest.py``
+imports them; on a machine with a GPU other tests need them compiled, and this folder runs alone: TRITON_INTERPRET=1 pytest tests/interpret.
 """
 
-import importlib
 from pathlib import Path
 
 import pytest
 import torch
 
-import cmt_fast
 from cmt_fast.backend import interpreting
 
 HERE = Path(__file__).parent
 POSSIBLE = interpreting() or not torch.cuda.is_available()
-
-if POSSIBLE:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        package = Path(cmt_fast.__file__).parent
-        for file in sorted([*package.glob("ops/_triton/*.py"), *package.glob("ops/*/triton_*kernels.py")]):
-            importlib.import_module(f"cmt_fast.ops.{file.parent.name}.{file.stem}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

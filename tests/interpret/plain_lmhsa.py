@@ -37,7 +37,7 @@ def statistics(plan, partials, counts, weight, bias):
 
 
 def normalise(x, stats):
-    return x * stats[3] + stats[4]
+    return (x - stats[0]) * stats[3] + stats[4]
 
 
 def gradient_sums(grad, x, stats):
