@@ -1,6 +1,6 @@
-"""Every kernel of a packed model on a GPU, in order, without one: ``python -m benchmarks.trace [--variant cmt_s] [--batch 256] [--dtype bfloat16]``.
+"""Every kernel of a model on a GPU, in order, without one: ``python -m benchmarks.trace [--mode training] [--variant cmt_s] [--batch 256] [--dtype bfloat16]``.
 
-Bytes that must move, operations of matrix products, and the time that these take at least. Nothing runs and nothing is compiled; instructions, by which
+Of the packed model, or of a forward and a backward pass in training. Bytes that must move, operations of matrix products, and the time that these take at least. Nothing runs and nothing is compiled; instructions, by which
 some kernels are bound, are those of ``python -m benchmarks.static``.
 """
 
@@ -11,13 +11,15 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from benchmarks.static import DTYPES, GPUS
+from benchmarks.static import GPUS
 from cmt_fast.models.variants import VARIANTS
-from cmt_fast.testing.benchmark import make_model
+from cmt_fast.testing.benchmark import DTYPES, MODES, make_model
 from cmt_fast.testing.precision import precision
 from cmt_fast.testing.results import write_json
 from cmt_fast.testing.trace import Kernel, trace
+from cmt_fast.testing.trace_training import trace_training
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,15 +28,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     options = _parser().parse_args(arguments)
     size = options.img_size or VARIANTS[options.variant].resolution
-    kernels = trace(make_model(options.variant, size, precision("float32")), options.batch, DTYPES[options.dtype])
+    model, p = make_model(options.variant, size, precision("float32")), precision(options.dtype)
+    facts = dict(mode=options.mode, variant=options.variant, img_size=size, batch=options.batch, dtype=options.dtype)
+    if options.mode == "training":
+        model.set_low_residual(options.low_residual)
+        for stage in options.recompute:
+            for block in model.get_submodule(f"blocks_{stage}"):
+                block.mlp.recompute = True
+        traced = trace_training(model, options.batch, p)
+        kernels = traced.kernels
+        facts |= dict(low_residual=options.low_residual, recompute=options.recompute, saved=traced.saved)
+        facts |= dict(saved_by_original=trace_training(model, options.batch, p, original=True).saved)
+    else:
+        kernels = trace(model, options.batch, p.low)
     title = f"{options.variant} {size} batch {options.batch} {options.dtype}"
     console = Console(width=None if sys.stdout.isatty() else 200)
     if not options.sums:
         console.print(_kernel_table(kernels, title))
     console.print(_sum_table(kernels, title))
+    if options.mode == "training":
+        print(_saved_line(facts))
     if options.json:
         rows = [asdict(kernel) | {"floor_us": _floors([kernel])} for kernel in kernels]
-        facts = dict(variant=options.variant, img_size=size, batch=options.batch, dtype=options.dtype)
         write_json(options.json, facts | {"rates": {name: asdict(gpu) for name, gpu in GPUS.items()}, "kernels": rows})
     return 0
 
@@ -50,6 +65,14 @@ def sums(kernels: Iterable[Kernel]) -> dict[tuple[str, str], list[Kernel]]:
 def _floors(kernels: Iterable[Kernel]) -> dict[str, float]:
     """By GPU, microseconds."""
     return {name: sum(gpu.floor_us(k.bytes, k.flops) for k in kernels) for name, gpu in GPUS.items()}
+
+
+def _saved_line(facts: dict[str, Any]) -> str:
+    fused, original = facts["saved"], facts["saved_by_original"]
+    return (
+        f"kept for the backward pass: {fused / 1e9:.2f} GB, {fused / facts['batch'] / 1e6:.1f} MB an image, "
+        f"{fused / original:.3f}x of the original's {original / 1e9:.2f} GB"
+    )
 
 
 def _kernel_table(kernels: Sequence[Kernel], title: str) -> object:
@@ -95,7 +118,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m benchmarks.trace", description=__doc__)
     parser.add_argument("--variant", choices=VARIANTS, default="cmt_s")
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--mode", choices=MODES, default="inference")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="a packed model has autocast's own")
+    parser.add_argument("--low-residual", action="store_true", help="in training: CMT.set_low_residual")
+    parser.add_argument("--recompute", default="", metavar="STAGES", help="in training: of the IRFFNs, such as ab")
     parser.add_argument("--img-size", type=int, help="by default the published one")
     parser.add_argument("--sums", action="store_true", help="no line for each kernel")
     parser.add_argument("--json", type=Path, help="file to write the kernels to")

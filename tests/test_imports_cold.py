@@ -111,7 +111,7 @@ MAY_IMPORT = {
     "__init__": {*MODELS, "models", "inference"},
 }
 # What of an operation the model side may see: never a kernel, its launcher or its autograd Function.
-OPS_FOR_MODELS = {"api", "relative_pos", "layout", "checks"}
+OPS_FOR_MODELS = {"api", "relative_pos", "layout", "checks", "autocast"}
 
 
 def sources():

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from cmt_fast.models.config import STAGES, read_config
 from cmt_fast.models.grids import StageGrid, image_size, stage_grids
 from cmt_fast.modules import Block, PatchEmbed
+from cmt_fast.ops.autocast import autocast_dtype
 from cmt_fast.ops.attention.relative_pos import resize_relative_pos
 from cmt_fast.ops.checks import shape_of
 
@@ -254,8 +255,8 @@ class CMT(nn.Module):
         table = self._part("relative_pos", stage)
         bias = resize_relative_pos(table, *own, *grid)
         x, (h, w) = self._part("patch_embed", stage)(x)
-        if self.low_residual and torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if self.low_residual:
+            x = x.to(autocast_dtype(x) or x.dtype)
         for block in self._part("blocks", stage):
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x = _checkpointed(block, x, h, w, bias)
@@ -360,7 +361,7 @@ class CMT(nn.Module):
         weight = self.stem_conv1.weight
         if x.device != weight.device:
             raise ValueError(f"the input is on {x.device} but the model is on {weight.device}; move one of them")
-        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != weight.dtype and autocast_dtype(x) is None:
             raise TypeError(
                 f"the input is {x.dtype} but the model is {weight.dtype}: use input.to({weight.dtype}), model.to({x.dtype}) or autocast"
             )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from cmt_fast.ops.autocast import autocast_dtype
+
 #: Classes whose forward is a BatchNorm over maps and nothing else, and those that multiply each image's branch by a factor that they draw:
 #: ``cmt_fast.modules`` adds its own. Kernels may take the place of these.
 PLAIN_BATCH_NORMS: list[type[nn.Module]] = [nn.BatchNorm2d, nn.SyncBatchNorm]
@@ -40,9 +42,7 @@ def check_dtype(name: str, tensor: Tensor | None, other_name: str, other: Tensor
     """Require ``tensor`` (if given) to have the dtype of ``other``; autocast may mix floating-point dtypes."""
     if tensor is None or tensor.dtype == other.dtype:
         return
-    device = other.device.type
-    mixed = device != "meta" and torch.is_autocast_enabled(device)  # which knows no meta device
-    if not (tensor.is_floating_point() and mixed):
+    if not (tensor.is_floating_point() and autocast_dtype(other) is not None):
         raise TypeError(
             f"{name} is {tensor.dtype} but {other_name} is {other.dtype}: convert one of them with .to(), or use autocast"
         )

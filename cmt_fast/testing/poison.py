@@ -25,7 +25,7 @@ def poisoned_empty() -> Iterator[None]:
     """Fill every ``torch.empty`` (and its relatives) called from inside cmt_fast: NaN, or the least integer.
 
     Fresh memory is often zero by luck, which hides an element that is never written. Calls from other packages are left
-    alone, and so is code that is being compiled.
+    alone, and so are code that is being compiled and tensors without memory.
     """
     with torch.device("cpu"):
         torch.empty(0)  # at its first use a device context remembers which functions allocate: let it see the real ones
@@ -43,7 +43,7 @@ def _poisoning(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(allocate)
     def poisoned(*args: Any, **kwargs: Any) -> Tensor:
         tensor = allocate(*args, **kwargs)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or tensor.is_meta:
             return tensor
         caller = sys._getframe(1).f_globals.get("__name__", "")
         return fill(tensor) if caller.split(".")[0] == "cmt_fast" else tensor

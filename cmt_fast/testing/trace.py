@@ -33,7 +33,8 @@ class Kernel:
     """One kernel.
 
     Attributes:
-        step: of :class:`cmt_fast.inference.program`, such as ``lpu``; empty between steps.
+        step: of :class:`cmt_fast.inference.program`, such as ``lpu``, empty between steps; of a training step the operator of ours that
+            launches it, such as ``irffn_expand``, or ``forward`` or ``backward`` for PyTorch's own.
         stage: ``a`` to ``d``.
         name: of the Triton kernel, or of PyTorch's operator.
         triton: whether it is one of ours.
@@ -73,7 +74,7 @@ def trace(
 
     packed, functions = prepare(_without_memory(pack(model, dtype=dtype, img_size=img_size, base2=True)))
     images = torch.empty(batch, packed.in_chans, *packed.img_size, dtype=dtype, device="meta")
-    with torch.no_grad(), record_launches() as launches, _Tracer(launches) as tracer:
+    with torch.no_grad(), record_launches() as launches, Tracer(launches) as tracer:
         run(packed, images, tracer.labelled(functions))
     return tracer.kernels
 
@@ -84,7 +85,7 @@ def _without_memory(packed: PackedModel) -> PackedModel:
     return put_together(tree, {name: tensor.to("meta") for name, tensor in tensors.items()})
 
 
-class _Tracer(TorchDispatchMode):
+class Tracer(TorchDispatchMode):
     """Sees every operator, and runs the launcher of ours on tensors without memory."""
 
     def __init__(self, launches: list[Launch]) -> None:
@@ -115,11 +116,17 @@ class _Tracer(TorchDispatchMode):
         if namespace == "cmt_fast_triton":
             with self:  # its launcher may copy, or call operators
                 return IMPLEMENTATIONS[name.partition(".")[0]](*args, **kwargs)
+        with self:
+            result = func.decompose(*args, **kwargs)  # an operator made of others, such as a linear one
+        if result is not NotImplemented:
+            return result
         result = func(*args, **kwargs)
         inputs, outputs = _tensors((args, kwargs)), _tensors(result)
-        written = inputs[:1] if func._schema.is_mutable else [t for t in outputs if not _is_view(t, inputs)]
+        changed = _changed(func, args, kwargs)
+        written = changed + [t for t in outputs if not _is_view(t, inputs)]
         if written and "empty" not in name:
-            read = inputs[1:] if func._schema.is_mutable else inputs
+            overwrites = name.startswith(("copy_", "fill_", "zero_")) or name.endswith(("out", "_out"))
+            read = [t for t in inputs if not (overwrites and any(t is other for other in changed))]
             count = flop_registry.get(func.overloadpacket)
             self._add(
                 name,
@@ -158,6 +165,14 @@ def _tensors(x: Any) -> list[Tensor]:
     if isinstance(x, dict):
         x = x.values()
     return [t for part in x for t in _tensors(part)] if isinstance(x, (tuple, list, type({}.values()))) else []
+
+
+def _changed(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The arguments that an operator writes to."""
+    parameters = func._schema.arguments
+    values = {parameter.name: value for parameter, value in zip(parameters, args)} | kwargs
+    writes = [p.name for p in parameters if p.alias_info is not None and p.alias_info.is_write]
+    return [values[name] for name in writes if isinstance(values.get(name), Tensor)]
 
 
 def _is_view(x: Tensor, others: Sequence[Tensor]) -> bool:

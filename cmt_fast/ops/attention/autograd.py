@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cmt_fast.ops._triton.autocast import product_dtype
+from cmt_fast.ops.autocast import product_dtype
 from cmt_fast.ops.attention.configs import holds_all_keys
 from cmt_fast.ops.attention.schema import (
     reduced_kv_attention_bwd,

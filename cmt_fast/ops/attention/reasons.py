@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from cmt_fast.ops._triton.autocast import product_dtype
+from cmt_fast.ops.autocast import product_dtype
 from cmt_fast.ops._triton.reasons import DTYPES, call_reasons
 from cmt_fast.ops.attention.configs import MAX_HEAD_DIM
 

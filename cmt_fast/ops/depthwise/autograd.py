@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cmt_fast.ops._triton.autocast import product_dtype
+from cmt_fast.ops.autocast import product_dtype
 from cmt_fast.ops.depthwise.schema import (
     conv3x3_bwd_triton,
     conv3x3_fwd_triton,

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cmt_fast.ops._triton.autocast import product_dtype
+from cmt_fast.ops.autocast import autocast_dtype, product_dtype
 from cmt_fast.ops._triton.reasons import DTYPES, call_reasons
 from cmt_fast.ops.batch_norm.training import batch_norm_plan, batch_norm_reasons, update_running
 from cmt_fast.ops.checks import PLAIN_POINTWISE, not_plain
@@ -125,7 +125,7 @@ def _conv_reasons(name: str, conv: nn.Conv2d, inputs: int, outputs: int, size: i
 def _dtype_reasons(x: Tensor, weights: Sequence[Tensor], norms: Sequence[Tensor]) -> list[str]:
     """Dtypes as PyTorch's own operations take them: BatchNorm and LayerNorm may be float32 beside 16-bit maps."""
     low = product_dtype(x)
-    mixed = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+    mixed = autocast_dtype(x) is not None
     known = {torch.float32, low} if mixed else {x.dtype}
     dtypes = {x.dtype, *(p.dtype for p in weights)}
     if low in DTYPES and dtypes <= known and {p.dtype for p in norms} <= known | {torch.float32}:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cmt_fast.ops._triton.autocast import product_dtype
+from cmt_fast.ops.autocast import autocast_dtype, product_dtype
 from cmt_fast.ops._triton.reasons import DTYPES, call_reasons
 from cmt_fast.ops.attention.configs import MAX_HEAD_DIM
 from cmt_fast.ops.batch_norm.training import batch_norm_plan, batch_norm_reasons, update_running
@@ -150,7 +150,7 @@ def _dtype_reasons(x: Tensor, table: Tensor, parameters: Sequence[Tensor]) -> li
     low = product_dtype(x)
     if low == x.dtype and all(p.dtype == x.dtype for p in parameters):
         return []
-    mixed = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+    mixed = autocast_dtype(x) is not None
     dtypes = {x.dtype, *(p.dtype for p in parameters)}
     if mixed and low in DTYPES and dtypes <= {torch.float32, low}:
         return []

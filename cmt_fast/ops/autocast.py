@@ -1,0 +1,22 @@
+"""What autocast, if it is on, makes of operands: what takes the place of PyTorch's own operations follows it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+#: Autocast's dtype for tensors on the ``meta`` device, which it does not know, while a trace imitates it there; else None.
+meta_dtype: torch.dtype | None = None
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Autocast's dtype where ``x`` is, or None where it is off."""
+    device = x.device.type
+    if device == "meta":
+        return meta_dtype
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which PyTorch would multiply ``x`` now: its own, or under autocast autocast's, which leaves float64 alone."""
+    return x.dtype if x.dtype == torch.float64 else autocast_dtype(x) or x.dtype

@@ -1,0 +1,144 @@
+"""A training step of CMT-S counted without a GPU: what moves and what is kept for the backward pass, beside the plan and the original's order."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import cmt_fast
+from cmt_fast.modules import IRFFN
+from cmt_fast.ops import autocast
+from cmt_fast.ops._triton.launch import Launch
+from cmt_fast.testing.benchmark import make_model
+from cmt_fast.testing.meta_autocast import MetaAutocast
+from cmt_fast.testing.precision import precision
+from cmt_fast.testing.shapes import SMALL_MODELS
+from cmt_fast.testing.trace_training import TrainingTrace, trace_training
+
+pytestmark = pytest.mark.needs("triton")
+ROOT = Path(__file__).parents[2]
+BATCH = 256
+
+#: GB that a step moves by the performance plan, without the optimizer, where input and weight gradients of a product each read their operands.
+PLAN_GB = 96.2
+
+
+def traced(dtype: str, recompute: str = "", low_residual: bool = False, original: bool = False) -> TrainingTrace:
+    model = make_model("cmt_s", 224, precision("float32"))
+    model.set_low_residual(low_residual)
+    for stage in recompute:
+        for block in model.get_submodule(f"blocks_{stage}"):
+            block.mlp.recompute = True
+    return trace_training(model, BATCH, precision(dtype), original=original)
+
+
+def gigabytes(trace: TrainingTrace) -> float:
+    return sum(kernel.bytes for kernel in trace.kernels) / 1e9
+
+
+@pytest.fixture(scope="module")
+def original() -> TrainingTrace:
+    return traced("autocast-bfloat16", original=True)
+
+
+@pytest.fixture(scope="module")
+def fused() -> TrainingTrace:
+    return traced("bfloat16")
+
+
+def test_the_original_is_what_the_plan_traced(original):
+    """145.9 MB an image and 3359 kernels, by another tool."""
+    assert original.saved / BATCH == pytest.approx(145.9e6, rel=0.005)
+    assert len(original.kernels) == pytest.approx(3359, rel=0.005)
+    assert not any(kernel.triton for kernel in original.kernels)
+
+
+# The goals are 0.33 and, recomputing everywhere, 0.22. What is missing: plain PyTorch's stem keeps three maps a convolution (0.03 more than one map would
+# be), and each LPU keeps its input, which the plan makes again on load (0.024). The float32 stream is the original's own.
+@pytest.mark.parametrize(
+    ("dtype", "low_residual", "recompute", "ratio"),
+    [
+        ("autocast-bfloat16", False, "", 0.447),
+        ("autocast-bfloat16", False, "abcd", 0.350),
+        ("autocast-bfloat16", True, "", 0.374),
+        ("autocast-bfloat16", True, "ab", 0.324),
+        ("autocast-bfloat16", True, "abcd", 0.276),
+        ("bfloat16", False, "", 0.369),
+        ("bfloat16", False, "ab", 0.319),
+        ("bfloat16", False, "abcd", 0.271),
+    ],
+)
+def test_kept_beside_the_original(original, dtype, low_residual, recompute, ratio):
+    assert traced(dtype, recompute, low_residual).saved / original.saved == pytest.approx(ratio, abs=0.002)
+
+
+def test_bytes_beside_the_plan(fused, original):
+    """1.15 times the plan. The stem is plain PyTorch's; BatchNorm 3 and LayerNorm's gradient are passes of their own, where the plan has them in
+    the kernels beside."""
+    assert PLAN_GB <= gigabytes(fused) <= 1.155 * PLAN_GB
+    assert gigabytes(traced("autocast-bfloat16", low_residual=True)) <= 1.2 * PLAN_GB
+    assert gigabytes(traced("autocast-bfloat16")) <= 1.42 * PLAN_GB
+    assert gigabytes(original) > 300
+    # Between the kernels there are vectors, weights and reduced maps: outside of stem, patch embeddings and head less than 5 % of the bytes.
+    between = [kernel for kernel in fused.kernels if not kernel.triton and kernel.stage == "c"]
+    assert sum(kernel.bytes for kernel in between) < 0.05 * 1e9 * gigabytes(fused)
+
+
+def test_recomputing_costs_little(fused):
+    assert gigabytes(traced("bfloat16", "ab")) / gigabytes(fused) == pytest.approx(1.021, abs=0.005)
+    assert gigabytes(traced("bfloat16", "abcd")) / gigabytes(fused) == pytest.approx(1.041, abs=0.005)
+
+
+def test_every_block_runs_on_our_kernels(fused):
+    """Stage d's attention is products around the primitive, which are PyTorch's."""
+    blocks = dict(a=3, b=3, c=16, d=3)
+    inside = {stage: count for stage, count in blocks.items() if stage != "d"}
+    expected = dict(conv3x3_kernel=blocks, expand_kernel=blocks, dw_gradient_kernel=blocks, core_backward_kernel=inside)
+    for name, counts in expected.items():
+        steps = [kernel.stage for kernel in fused.kernels if kernel.name == name]
+        assert {stage: steps.count(stage) for stage in counts} == counts, name
+    passes = [kernel.stage for kernel in fused.kernels if kernel.name in ("output_kernel", "output_gradient_kernel")]
+    forward = [stage for stage, count in blocks.items() for _ in range(count)]
+    assert passes == forward + forward[::-1]
+
+
+def test_the_trace_is_what_runs(monkeypatch):
+    """Kernels and bytes of a step, beside those of a call in the interpreter."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    model = cmt_fast.CMT(**SMALL_MODELS["odd"])
+    expected = [kernel for kernel in trace_training(model, 2, precision("float32")).kernels if kernel.triton]
+    ran = []
+    monkeypatch.setattr(Launch, "run", lambda self: ran.append(self))
+    with cmt_fast.use_backend("triton"):
+        model.train()(torch.zeros(2, 3, 96, 64)).sum().backward()
+    assert [kernel.name for kernel in expected] == [launch.kernel.__name__ for launch in ran]
+    assert [kernel.bytes for kernel in expected] == [launch.reads + launch.writes for launch in ran]
+
+
+def test_autocast_on_meta():
+    x, weight = torch.empty(3, 4, device="meta"), torch.nn.Parameter(torch.empty(5, 4, device="meta"))
+    with MetaAutocast(torch.bfloat16) as mode:
+        assert F.linear(x, weight).dtype == (x @ weight.t()).dtype == torch.bfloat16
+        assert F.linear(x, weight).dtype == torch.bfloat16 and len(mode._parameters) == 1
+        assert F.layer_norm(x.bfloat16(), (4,)).dtype == x.bfloat16().softmax(-1).dtype == torch.float32
+        assert F.gelu(x).dtype == torch.float32 and autocast.autocast_dtype(x) == torch.bfloat16
+    assert autocast.autocast_dtype(x) is None and F.linear(x, weight).dtype == torch.float32
+
+
+def test_the_command(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(ROOT)
+    command = importlib.import_module("benchmarks.trace")
+    path = tmp_path / "trace.json"
+    options = ["--mode", "training", "--variant", "cmt_ti", "--img-size", "64", "--batch", "2"]
+    options += ["--dtype", "autocast-bfloat16", "--low-residual", "--recompute", "ab", "--sums", "--json", str(path)]
+    assert command.main(options) == 0
+    printed, data = capsys.readouterr().out, json.loads(path.read_text())
+    assert "kept for the backward pass: " in printed and "irffn_dw_gradient" in printed
+    assert (data["mode"], data["recompute"], data["low_residual"]) == ("training", "ab", True)
+    assert 0 < data["saved"] < data["saved_by_original"]
+    expansions = [row["stage"] for row in data["kernels"] if row["name"] == "expand_kernel"]
+    assert expansions == list("aabb" + 10 * "c" + "dd" + "bbaa"), "stages a and b make it twice"
+    assert IRFFN.recompute is False
