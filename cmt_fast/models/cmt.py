@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from cmt_fast.models.config import STAGES, read_config
 from cmt_fast.models.grids import StageGrid, image_size, stage_grids
 from cmt_fast.modules import Block, PatchEmbed
-from cmt_fast.ops.autocast import autocast_dtype
 from cmt_fast.ops.attention.relative_pos import resize_relative_pos
+from cmt_fast.ops.autocast import autocast_dtype
 from cmt_fast.ops.checks import shape_of
 
 

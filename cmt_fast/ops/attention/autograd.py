@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cmt_fast.ops.autocast import product_dtype
 from cmt_fast.ops.attention.configs import holds_all_keys
 from cmt_fast.ops.attention.schema import (
     reduced_kv_attention_bwd,
     reduced_kv_attention_fwd,
     reduced_kv_attention_triton,
 )
+from cmt_fast.ops.autocast import product_dtype
 
 
 class ReducedKVAttentionFunction(torch.autograd.Function):

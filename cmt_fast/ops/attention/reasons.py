@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from cmt_fast.ops.autocast import product_dtype
 from cmt_fast.ops._triton.reasons import DTYPES, call_reasons
 from cmt_fast.ops.attention.configs import MAX_HEAD_DIM
+from cmt_fast.ops.autocast import product_dtype
 
 
 def triton_reasons(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout_p: float) -> list[str]:

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cmt_fast.ops.autocast import autocast_dtype, product_dtype
 from cmt_fast.ops._triton.reasons import DTYPES, call_reasons
+from cmt_fast.ops.autocast import autocast_dtype, product_dtype
 from cmt_fast.ops.batch_norm.training import batch_norm_plan, batch_norm_reasons, update_running
 from cmt_fast.ops.checks import PLAIN_POINTWISE, not_plain
 from cmt_fast.ops.irffn.autograd import IRFFNFunction, Options

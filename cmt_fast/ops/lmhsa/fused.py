@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cmt_fast.ops.autocast import autocast_dtype, product_dtype
 from cmt_fast.ops._triton.reasons import DTYPES, call_reasons
 from cmt_fast.ops.attention.configs import MAX_HEAD_DIM
+from cmt_fast.ops.autocast import autocast_dtype, product_dtype
 from cmt_fast.ops.batch_norm.training import batch_norm_plan, batch_norm_reasons, update_running
 from cmt_fast.ops.checks import not_plain
 from cmt_fast.ops.lmhsa.autograd import LMHSAFunction
