@@ -1,6 +1,6 @@
-"""Inference of CMT-S on a GPU beside its goals: ``python -m benchmarks.goals [--device cuda] [--quick]``.
+"""CMT-S on a GPU beside its goals: ``python -m benchmarks.goals [--mode training] [--device cuda] [--quick]``.
 
-The packed model in bfloat16 takes turns with everything that it should be faster than: ``torch.compile`` of the original's order in a bfloat16 model,
+Training: ``goals_training.py``. In inference the packed model in bfloat16 takes turns with everything that it should be faster than: ``torch.compile`` of the original's order in a bfloat16 model,
 in three modes and two layouts, the original's order in eager autocast, and timm's DeiT-S, compiled in the same ways. Every row is in the result file
 as soon as it is measured. The goals are those of an H100; returns 1 if one is missed or a result is wrong.
 """
@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
+from benchmarks import goals_training
 from benchmarks.report.peers import PEERS, timm_call
 from benchmarks.run import QUICK_RESULTS
 from benchmarks.store import RESULTS, ResultFile, timing_columns
-from cmt_fast.testing.benchmark import bench, make_images, make_model
+from cmt_fast.testing.benchmark import MODES, bench, make_images, make_model
 from cmt_fast.testing.precision import precision
 from cmt_fast.testing.providers import BASELINE, COMPILED_ON_GPU, PROVIDERS
 from cmt_fast.testing.timing import measure_interleaved
@@ -111,6 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{results.data['machine']}\n-> {results.path}", flush=True)
     variant, size, large = ("cmt_ti", 64, 2) if options.quick else ("cmt_s", 224, 256)
     seconds = options.seconds or (0.02 if options.quick else 3.0)
+    if options.mode == "training":
+        return _train(results, variant, size, 2 if options.quick else 128, device, seconds, 3 if options.quick else 200)
     measured: dict[bool, list[Row]] = {True: [], False: []}
     for is_large, batch in ((True, large), (False, 1)):
         for row in measure(variant, size, batch, device, seconds):
@@ -122,6 +125,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(_verdict(goal, value, large if goal.large_batch else 1))
     wrong = any(row["note"].startswith("wrong") for rows in measured.values() for row in rows)
     return int(wrong or not all(goal.met(value) for goal, value in zip(GOALS, values)))
+
+
+def _train(
+    results: ResultFile, variant: str, size: int, batch: int, device: torch.device, seconds: float, steps: int
+) -> int:
+    """Measure training, print its goals, return 1 if one is missed."""
+    rows = []
+    for row in goals_training.measure(variant, size, batch, device, seconds):
+        results.add(row)
+        rows.append(row)
+        print(_line(row), flush=True)
+    of_runs, curves = goals_training.losses(variant, size, batch, device, steps)
+    results.add(curves)
+    verdicts = goals_training.verdicts(goals_training.values(rows) | of_runs)
+    for line, _ in verdicts:
+        print(f"batch {batch}: {line}")
+    return int(any(row["note"].startswith("wrong") for row in rows) or not all(met for _, met in verdicts))
 
 
 def measure(variant: str, size: int, batch: int, device: torch.device, seconds: float) -> Iterator[Row]:
@@ -177,6 +197,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "python -m benchmarks.goals", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--mode", choices=MODES, default="inference")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, or auto")
     parser.add_argument("--seconds", type=float, help="for each measurement; 3, or 0.02 with --quick")
     parser.add_argument("--out", type=Path, help="folder of result files; benchmarks/results, with --quick outputs/")

@@ -101,3 +101,30 @@ def test_a_wrong_result_or_a_missing_one_fails(goals, monkeypatch, tmp_path, cap
     )
     assert goals.main(["--quick", "--device", "cpu", "--out", str(tmp_path)]) == 1
     assert "over torch.compile at its best: - (at least 3.5): not measured" in capsys.readouterr().out
+
+
+def test_training_is_measured_and_judged(goals, compiled, tmp_path, capsys):
+    """Two plain runs on a CPU: ``auto`` takes its kernel for the local perception unit, where there is one."""
+    arguments = ["--mode", "training", "--quick", "--device", "cpu", "--seconds", "0.001", "--out", str(tmp_path)]
+    assert goals.main(arguments) == 1, "a CPU misses the goals of a GPU, and has no peak memory"
+    (path,) = tmp_path.rglob("*-goals-*.json")
+    *rows, curves = json.loads(path.read_text())["rows"]
+    assert [row["provider"] for row in rows] == ["original", "auto", "original-compile", "compile"]
+    assert all(row["median_ms"] > 0 and not row["note"] and row["mode"] == "training" for row in rows)
+    assert [len(curve) for curve in curves["curves"].values()] == [3, 3, 3]
+    printed = capsys.readouterr().out
+    assert "steps repeat bit for bit: 1 (at least 1): met" in printed
+    assert "peak memory beside the original's: - (at most 0.4): not measured" in printed
+    assert "over torch.compile at its best: " in printed and "loss curve beside plain runs: " in printed
+
+
+def test_goals_of_training(goals):
+    training = importlib.import_module("benchmarks.goals_training")
+    rows = [
+        row(name, ms) | dict(peak_mib=mib) for name, ms, mib in (("original", 100.0, 1000.0), ("auto", 20.0, 500.0))
+    ]
+    found = training.values([*rows, row("compile", 60.0) | dict(peak_mib=800.0)])
+    assert found == {training.OVER_EAGER: 5.0, training.OVER_COMPILED: 3.0, training.MEMORY: 0.5}
+    met = [met for _, met in training.verdicts(found | {training.REPEATS: 1.0, training.CURVE: 3.5})]
+    assert met == [True, True, False, True, False]
+    assert not any(met for _, met in training.verdicts(training.values([])))
