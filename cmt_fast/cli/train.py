@@ -169,6 +169,14 @@ def train(
             rich_help_panel=MACHINE,
         ),
     ] = None,
+    residual: Annotated[
+        str | None,
+        typer.Option(
+            help="Under autocast the residual stream of the blocks: full (float32) or low (16 bits: less memory, see docs/training.md). "
+            "\\[default: full]",
+            rich_help_panel=MACHINE,
+        ),
+    ] = None,
     channels_last: Annotated[
         bool | None,
         typer.Option("--channels-last", help="NHWC memory for the images.", rich_help_panel=MACHINE),

@@ -50,6 +50,7 @@ class TrainConfig:
         ema: keep a moving average of the weights, evaluate it and save it as the best model.
         ema_decay: its decay, reached by a warm-up.
         amp: ``off``, ``bf16``, ``fp16``, or ``auto``: bf16 on GPUs that have it, fp16 on others, off on a CPU.
+        residual: under autocast the blocks' residual stream in float32 (``full``) or in autocast's 16 bits (``low``).
         channels_last: NHWC memory for the images.
         workers: processes that read images; 0 reads them in the main one.
         seed: of the weights, the order of the images and every augmentation.
@@ -81,6 +82,7 @@ class TrainConfig:
     ema: bool = False
     ema_decay: float = 0.9998
     amp: str = "auto"
+    residual: str = "full"
     channels_last: bool = False
     workers: int = 0
     seed: int = 0
@@ -157,6 +159,7 @@ class TrainConfig:
             self.warmup_epochs < self.epochs, "warmup_epochs", f"less than epochs ({self.epochs})", self.warmup_epochs
         )
         _require(self.amp in ("auto", "off", *AMP_DTYPES), "amp", "auto, off, bf16 or fp16", self.amp)
+        _require(self.residual in ("full", "low"), "residual", "full or low", self.residual)
         if self.mixes and self.batch_size % 2:
             raise ValueError(f"mixup and cutmix pair the images: batch_size must be even, got {self.batch_size}")
         if self.pretrained and self.model not in VARIANTS:

@@ -170,6 +170,7 @@ def build_model(config: TrainConfig, data: Data, observer: Observer) -> CMT:
     """The model of ``config`` for ``data``, with its first weights."""
     args = {**config.constructor_args(), "num_classes": len(data.class_names), "in_chans": data.preprocess.channels}
     model = CMT(**args)
+    model.set_low_residual(config.residual == "low")
     source = VARIANTS[config.model].url if config.pretrained else config.init_from
     if source is not None:
         observer.message(str(load_checkpoint(model, source, adapt_in_chans=True)))

@@ -26,12 +26,12 @@ def test_trains_and_tells(cmt_fast, output):
 
 
 def test_every_option_of_the_recipe(cmt_fast, output):
-    options = "--mixup 0.8 --cutmix 1 --ema --ema-decay 0.9 --amp bf16 --channels-last --drop-path 0.2 --clip-grad 1 --seed 3 --label-smoothing 0 --weight-decay 0.1 --lr 0.001 --min-lr 0 --warmup-epochs 0.5 --workers 0 --backend reference --img-size 40"  # fmt: skip
+    options = "--mixup 0.8 --cutmix 1 --ema --ema-decay 0.9 --amp bf16 --residual low --channels-last --drop-path 0.2 --clip-grad 1 --seed 3 --label-smoothing 0 --weight-decay 0.1 --lr 0.001 --min-lr 0 --warmup-epochs 0.5 --workers 0 --backend reference --img-size 40"  # fmt: skip
     code, _, err = cmt_fast("train", "digits", "--epochs", 1, *SMALL, *options.split(), "--output", output)
     assert code == 0, err
     saved = torch.load(output / "last.pth", weights_only=True)
     config = saved["train"]["config"]
-    for name, value in dict(mixup=0.8, cutmix=1, ema=True, ema_decay=0.9, amp="bf16", channels_last=True, drop_path=0.2, clip_grad=1, seed=3, label_smoothing=0, weight_decay=0.1, lr=0.001, min_lr=0, warmup_epochs=0.5, backend="reference", img_size=40).items():  # fmt: skip
+    for name, value in dict(mixup=0.8, cutmix=1, ema=True, ema_decay=0.9, amp="bf16", residual="low", channels_last=True, drop_path=0.2, clip_grad=1, seed=3, label_smoothing=0, weight_decay=0.1, lr=0.001, min_lr=0, warmup_epochs=0.5, backend="reference", img_size=40).items():  # fmt: skip
         assert config[name] == value, name
     assert "model_ema" in saved
     assert load_model(output / "best.pth").img_size == (40, 40)

@@ -57,6 +57,12 @@ def test_learns_and_writes_its_files(tiny):
     assert {p.name for p in outcome.output.iterdir()} == {"best.pth", "last.pth", "history.jsonl", "curves.png"}
 
 
+@pytest.mark.parametrize("residual", ["full", "low"])
+def test_residual_stream(tiny, residual):
+    config = tiny(residual=residual)
+    assert run.build_model(config, load_data(config), Observer()).low_residual == (residual == "low")
+
+
 def test_best_checkpoint_gives_the_recorded_accuracy(tiny):
     config = tiny(epochs=3)
     outcome = fit(config)

@@ -19,6 +19,7 @@ from cmt_fast.training.config import TrainConfig
         (dict(ema_decay=1.5), "ema_decay must be in"),
         (dict(epochs=3, warmup_epochs=3), r"warmup_epochs must be less than epochs \(3\)"),
         (dict(amp="fp8"), "amp must be auto, off, bf16 or fp16, got fp8"),
+        (dict(residual="bf16"), "residual must be full or low, got bf16"),
         (dict(amp="fp16", device="cpu"), "amp fp16 needs a GPU"),
         (dict(model="cmt_digits", pretrained=True), "no published weights of cmt_digits"),
         (dict(pretrained=True, init_from="x.pth"), "choose one"),
