@@ -76,9 +76,9 @@ def test_kept_beside_the_original(original, dtype, low_residual, recompute, rati
 
 
 def test_bytes_beside_the_plan(fused, original):
-    """1.15 times the plan. The stem is plain PyTorch's; BatchNorm 3 and LayerNorm's gradient are passes of their own, where the plan has them in
+    """1.14 times the plan. The stem is plain PyTorch's; BatchNorm 3 and LayerNorm's gradient are passes of their own, where the plan has them in
     the kernels beside."""
-    assert PLAN_GB <= gigabytes(fused) <= 1.155 * PLAN_GB
+    assert PLAN_GB <= gigabytes(fused) <= 1.145 * PLAN_GB
     assert gigabytes(traced("autocast-bfloat16", low_residual=True)) <= 1.2 * PLAN_GB
     assert gigabytes(traced("autocast-bfloat16")) <= 1.42 * PLAN_GB
     assert gigabytes(original) > 300

@@ -53,7 +53,7 @@ def irffn_reasons(
     reasons += _conv_reasons("project", project, r, c, 1, 1)
     if tuple(norm.normalized_shape) != (c,) or norm.eps <= 0:
         reasons.append(f"norm must be LayerNorm({c}) with a positive eps, got {norm}")
-    if len(x) == 0:
+    if x.shape[0] == 0:  # len() would fix the batch of an export
         reasons.append("x holds no image")
     reasons += tile_reasons(x.shape, r)
     norms = [p for part in (norm, bn1, bn2, bn3) for p in part.parameters()]
