@@ -26,9 +26,13 @@ _LINE = re.compile(r"^- \[[ x]\] .*(?:\n  .*)*", re.MULTILINE)
 #: What :func:`update` added to it before.
 _SEEN = re.compile(r" \((?:verified|failed) on [^()]*\)$")
 _NO_BRACKETS = str.maketrans("()", "[]")
-_TESTS = re.compile(r"`pytest -m gpu (tests\S*\.py)`")
-_STEP = re.compile(r"`python -m benchmarks\.kernels [^`]*--step (\w+)")
-_OP = re.compile(r"`python -m benchmarks\.run [^`]*--op (\w+)")
+_COMMAND = re.compile(r"`([^`]*)`")
+#: By the beginning of a command: the kind of what it makes, and where the command names it.
+_MAKES = {
+    "pytest -m gpu ": ("tests", re.compile(r"tests/\S+\.py")),
+    "python -m benchmarks.kernels ": ("step", re.compile(r"--step (\w+)")),
+    "python -m benchmarks.run ": ("op", re.compile(r"--op (\w+)")),
+}
 
 
 def update(page: str, files: Iterable[tuple[str, dict[str, Any]]]) -> str:
@@ -56,9 +60,10 @@ def update(page: str, files: Iterable[tuple[str, dict[str, Any]]]) -> str:
 
 def _wanted(text: str) -> Iterator[tuple[str, str]]:
     """What a line's commands make, as far as a result file can hold it: (kind, name)."""
-    for kind, pattern in (("tests", _TESTS), ("step", _STEP), ("op", _OP)):
-        for name in dict.fromkeys(pattern.findall(text)):
-            yield kind, name
+    for command in _COMMAND.findall(text):
+        for beginning, (kind, names) in _MAKES.items():
+            if command.startswith(beginning):
+                yield from ((kind, name) for name in dict.fromkeys(names.findall(command)))
 
 
 def _verdict(wanted: tuple[str, str], evidence: Sequence[tuple[str, dict[str, Any]]]) -> tuple[bool, str] | None:

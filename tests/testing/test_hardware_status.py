@@ -15,6 +15,7 @@ Intro.
 - [ ] LPU kernel, 80 % of copy bandwidth:
   `python -m benchmarks.kernels --step lpu --device cuda`, and `--variant cmt_b`
 - [ ] both: `pytest -m gpu tests/ops/test_lpu_gpu.py`, `python -m benchmarks.run --op lpu --device cuda`
+- [ ] stem: `pytest -m gpu tests/ops/test_stem_gpu.py tests/ops/test_lpu_gpu.py` (16 GB)
 - [ ] nccl: `torchrun ...`
 
 ## CPU
@@ -37,6 +38,7 @@ def test_lines_are_closed_by_what_their_commands_make(status):
         f"- [x] LPU kernel: `pytest -m gpu tests/ops/test_lpu_gpu.py` (verified on {SEEN}: 48 passed, 0 failed)" in new
     )
     assert f"and `--variant cmt_b` (verified on {SEEN}: 81% to 90% of copy bandwidth)" in new
+    assert "- [ ] stem: `pytest" in new, "half of its tests are not in the file"
     assert "- [ ] both:" in new and "- [ ] nccl: `torchrun ...`\n\n## CPU" in new
     assert (
         status.update(new, [("h100/a.json", dict(machine=MACHINE, rows=[TESTS, STEP, STEP | dict(of_copy=0.9)]))])
