@@ -43,7 +43,8 @@ def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
             "capability": f"{properties.major}.{properties.minor}",
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
-            "driver": _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+            "driver": _nvidia_smi("driver_version"),
+            "clocks_power": _nvidia_smi("clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu"),
         }
     return facts
 
@@ -121,6 +122,11 @@ def _commit() -> str | None:
     commit = _run("git", "-C", str(root), "rev-parse", "--short=12", "HEAD")
     dirty = _run("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no")
     return commit and commit + ("+" if dirty else "")
+
+
+def _nvidia_smi(fields: str) -> str | None:
+    """Of the first GPU, as it is: nothing is set."""
+    return _run("nvidia-smi", "-i", "0", f"--query-gpu={fields}", "--format=csv,noheader")
 
 
 def _run(*command: str) -> str | None:
