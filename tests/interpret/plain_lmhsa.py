@@ -33,7 +33,7 @@ def statistics(plan, partials, counts, weight, bias):
         mean, variance, share = plan.mean, plan.variance, torch.zeros_like(counts)
     rstd = (variance + plan.eps).rsqrt()
     scale = rstd * weight
-    return torch.stack([mean, variance, rstd, scale, bias - mean * scale, share.expand_as(mean)])
+    return torch.stack([mean, variance, rstd, scale, bias.expand_as(mean), share.expand_as(mean)])
 
 
 def normalise(x, stats):

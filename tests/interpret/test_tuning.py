@@ -235,7 +235,7 @@ def test_an_interrupted_command_says_so(home, monkeypatch):
     [
         (["--dtype", "bfloat16"], "interpreter does not compute in bfloat16"),
         (["--output", "x.json"], "a dry run on a CPU writes no table: leave out --output x.json"),
-        (["--step", "mlp"], "unknown step 'mlp'; expected one of lpu"),
+        (["--step", "mlp"], "unknown step 'mlp'; expected one of stem"),
         (["--dtype", "half"], "unknown dtype 'half'"),
         (["--model", "vit"], "unknown model 'vit'"),
         (["--batch", "0"], "batch and seconds must be positive"),

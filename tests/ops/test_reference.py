@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd import gradcheck
@@ -446,6 +446,9 @@ def test_lmhsa_uniform_attention():
 @given(height=st.integers(1, 5), width=st.integers(1, 5), C=sides, R=sides, training=st.booleans())
 @few
 def test_irffn_any_size(height, width, C, R, training):
+    assume(
+        not training or height * width > 2
+    )  # two values a channel may be as good as equal, and then three BatchNorms magnify rounding
     parts = irffn_parts(C, R)
     set_training(parts, training)
     x = randn(2, height, width, C)
