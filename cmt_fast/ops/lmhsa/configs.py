@@ -118,14 +118,6 @@ def projected_config(
     return None
 
 
-@dataclass(frozen=True)
-class RowsConfig:
-    """How :func:`layer_norm_kernel` is launched."""
-
-    block_n: int
-    num_warps: int
-
-
 @lru_cache
 def core_forward_config(
     images: int,
@@ -181,12 +173,6 @@ def core_backward_config(
 def _core_fits(keys: int, width: int, key_dim: int, value_dim: int, itemsize: int) -> bool:
     """Whether the fused kernels of a training step hold all channels and keys: 16-bit products, at most 256 channels."""
     return itemsize == 2 and block(width) <= 256 and holds_all_keys(keys, max(key_dim, value_dim), itemsize)
-
-
-def layer_norm_config(rows: int, width: int) -> RowsConfig:
-    """About 4096 elements a program."""
-    block_n = max(1, 4096 // block(width))
-    return RowsConfig(min(block_n, block(rows)), 4 if block(width) <= 4096 else 8)
 
 
 def _halved(size: int) -> Sequence[int]:

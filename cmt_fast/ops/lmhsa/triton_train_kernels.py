@@ -254,24 +254,6 @@ def core_backward_kernel(
 
 
 @triton.jit
-def layer_norm_kernel(
-    x,
-    weight,
-    bias,
-    out,
-    rows,
-    eps,
-    C: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """out = LayerNorm of x, both (rows, C), in dtypes of their own; weight and bias (C,), or None."""
-    first = tl.program_id(0).to(tl.int64) * BLOCK_N
-    normal = _normal_rows(x + first * C, weight, bias, rows - first, eps, C, True, BLOCK_N, BLOCK_C)
-    store_tile(out + first * C, normal, C, rows - first, C)
-
-
-@triton.jit
 def _normal_rows(
     x, weight, bias, rows, eps, C: tl.constexpr, NORM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr
 ):

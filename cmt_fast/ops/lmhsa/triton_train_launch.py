@@ -18,8 +18,9 @@ from cmt_fast.ops._triton.table import aligned, table_layout
 from cmt_fast.ops._triton.tiling import block
 from cmt_fast.ops.attention.configs import holds_all_keys
 from cmt_fast.ops.attention.schema import reduced_kv_attention_bwd, reduced_kv_attention_fwd
-from cmt_fast.ops.lmhsa.configs import core_backward_config, core_forward_config, layer_norm_config
-from cmt_fast.ops.lmhsa.triton_train_kernels import core_backward_kernel, core_forward_kernel, layer_norm_kernel
+from cmt_fast.ops.lmhsa.configs import core_backward_config, core_forward_config
+from cmt_fast.ops.lmhsa.triton_reduce_launch import norm_reduce_launch
+from cmt_fast.ops.lmhsa.triton_train_kernels import core_backward_kernel, core_forward_kernel
 
 #: Channels that the backward kernel multiplies at once.
 CHUNK = 64
@@ -281,22 +282,9 @@ def core_backward_launches(
 
 
 def layer_norm_launch(core: Core, out: Tensor) -> Launch:
-    """out (B, N, C) = LN(x), in the dtype of out."""
-    assert core.eps is not None
-    channels = core.x.shape[2]
-    rows = core.x.numel() // channels
-    config = layer_norm_config(rows, channels)
-    return Launch(
-        kernel=layer_norm_kernel,
-        grid=(-(-rows // config.block_n),),
-        arguments=dict(x=core.x, weight=core.norm_weight, bias=core.norm_bias, out=out, rows=rows, eps=float(core.eps)),
-        constants=dict(C=channels, BLOCK_N=config.block_n, BLOCK_C=block(channels)),
-        num_warps=config.num_warps,
-        num_stages=1,
-        reads=core.x.nbytes,
-        writes=out.nbytes,
-        flops=0,
-        elements=out.numel(),
+    """out (B, N, C) = LN(x), in the dtype of out: the reduction's kernel, of windows of one token."""
+    return norm_reduce_launch(
+        core.x.unsqueeze(1), core.norm_weight, core.norm_bias, core.eps, None, None, 1, out, None, None
     )
 
 
