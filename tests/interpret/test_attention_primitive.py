@@ -1,7 +1,5 @@
 """The Triton kernel of ``reduced_kv_attention`` in the interpreter: against float64, as an operator, and when it is chosen."""
 
-import dataclasses
-
 import pytest
 import torch
 from mutation import mutate
@@ -10,7 +8,6 @@ from torch import Tensor
 import cmt_fast
 from cmt_fast.functional import reduced_kv_attention
 from cmt_fast.models.variants import VARIANTS
-from cmt_fast.ops._triton.device import ARCHITECTURES
 from cmt_fast.ops.attention import triton_launch
 from cmt_fast.ops.attention.reference import reduced_kv_attention_reference
 from cmt_fast.testing.inputs import op_cases
@@ -20,17 +17,6 @@ from cmt_fast.testing.tolerance import Comparison, compare
 from cmt_fast.testing.verification import verify_case
 
 DTYPES = (torch.float32, torch.float16)
-
-
-@pytest.fixture
-def on(monkeypatch):
-    """Choose tiles as for another device: ``on(arch=80, multiprocessors=1)``. Few multiprocessors mean large tiles."""
-
-    def set_limits(arch: int = 90, **changes: int) -> None:
-        limits = dataclasses.replace(ARCHITECTURES[arch], **changes)
-        monkeypatch.setattr(triton_launch, "device_limits", lambda device: limits)
-
-    return set_limits
 
 
 def make(batch, heads, queries, keys, qk_dim, v_dim, dtype, *, bias=True, seed=0) -> list[Tensor | None]:

@@ -12,7 +12,7 @@ from cmt_fast.inference.torch_steps import TORCH
 from cmt_fast.inference.triton_steps import TRITON, align_tables
 from cmt_fast.models.variants import VARIANTS
 from cmt_fast.ops._triton.device import ARCHITECTURES
-from cmt_fast.ops.lmhsa import reasons, triton_launch
+from cmt_fast.ops.lmhsa import triton_launch
 from cmt_fast.testing.inputs import in_double, randomise
 from cmt_fast.testing.packed_attention import AttentionCall, attention_call
 from cmt_fast.testing.shapes import StageShape
@@ -23,18 +23,6 @@ DTYPES = (torch.float32, torch.float16)
 
 def shape(batch=1, height=4, width=5, dim=24, heads=2, sr_ratio=1, qk_ratio=1):
     return StageShape("test", batch, height, width, dim, heads, 0, sr_ratio, qk_ratio)
-
-
-@pytest.fixture
-def on(monkeypatch):
-    """Choose tiles as for another device: ``on(arch=80, multiprocessors=1)``. Few multiprocessors mean large tiles."""
-
-    def set_limits(arch: int = 90, **changes: int) -> None:
-        limits = dataclasses.replace(ARCHITECTURES[arch], **changes)
-        for module in (triton_launch, reasons):
-            monkeypatch.setattr(module, "device_limits", lambda device: limits)
-
-    return set_limits
 
 
 def check(call: AttentionCall) -> None:

@@ -12,24 +12,12 @@ from cmt_fast.inference.torch_steps import TORCH
 from cmt_fast.inference.triton_steps import TRITON
 from cmt_fast.models.variants import VARIANTS
 from cmt_fast.ops._triton import tiles
-from cmt_fast.ops._triton.device import ARCHITECTURES
 from cmt_fast.ops.head import triton_kernels, triton_launch
 from cmt_fast.ops.head.schema import head_features_triton, head_linear_triton
 from cmt_fast.testing.packed_head import HeadCall, head_call
 from cmt_fast.testing.tolerance import Comparison, compare
 
 DTYPES = (torch.float32, torch.float16)
-
-
-@pytest.fixture
-def on(monkeypatch):
-    """Choose tiles as for another device: ``on(multiprocessors=1)``. One multiprocessor means large tiles."""
-
-    def set_limits(arch: int = 90, **changes: int) -> None:
-        limits = dataclasses.replace(ARCHITECTURES[arch], **changes)
-        monkeypatch.setattr(triton_launch, "device_limits", lambda device: limits)
-
-    return set_limits
 
 
 @pytest.fixture(autouse=True)

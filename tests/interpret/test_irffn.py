@@ -28,17 +28,6 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 @pytest.fixture
-def on(monkeypatch):
-    """Choose tiles as for another device: ``on(arch=80, multiprocessors=1)``. Few multiprocessors mean large tiles."""
-
-    def set_limits(arch: int = 90, **changes: int) -> None:
-        limits = dataclasses.replace(ARCHITECTURES[arch], **changes)
-        monkeypatch.setattr(triton_launch, "device_limits", lambda device: limits)
-
-    return set_limits
-
-
-@pytest.fixture
 def ran(monkeypatch):
     """The launches that ran."""
     launches = []

@@ -13,7 +13,6 @@ from cmt_fast.inference.torch_steps import TORCH
 from cmt_fast.inference.triton_steps import TRITON
 from cmt_fast.models.variants import VARIANTS
 from cmt_fast.ops._triton import norm, sliding
-from cmt_fast.ops._triton.device import ARCHITECTURES
 from cmt_fast.ops._triton.launch import Launch
 from cmt_fast.ops._triton.reasons import call_reasons
 from cmt_fast.ops.depthwise import reasons as depthwise_reasons
@@ -25,17 +24,6 @@ from cmt_fast.testing.tolerance import Comparison, compare
 from cmt_fast.testing.verification import verify
 
 DTYPES = (torch.float32, torch.float16)
-
-
-@pytest.fixture
-def on(monkeypatch):
-    """Choose tiles as for another device: ``on(multiprocessors=1)``. Few multiprocessors mean long strips."""
-
-    def set_limits(arch: int = 90, **changes: int) -> None:
-        limits = dataclasses.replace(ARCHITECTURES[arch], **changes)
-        monkeypatch.setattr(triton_launch, "device_limits", lambda device: limits)
-
-    return set_limits
 
 
 @pytest.fixture(autouse=True)

@@ -12,26 +12,13 @@ from cmt_fast.inference.torch_steps import TORCH
 from cmt_fast.inference.triton_steps import TRITON
 from cmt_fast.models.variants import VARIANTS
 from cmt_fast.ops._triton import norm, tiles
-from cmt_fast.ops._triton.device import ARCHITECTURES
-from cmt_fast.ops.patch_embed import reasons, triton_kernels, triton_launch
+from cmt_fast.ops.patch_embed import triton_kernels, triton_launch
 from cmt_fast.ops.patch_embed.schema import patch_embed_triton
 from cmt_fast.testing.packed_patch_embed import PatchEmbedCall, patch_embed_call
 from cmt_fast.testing.shapes import stage_shapes
 from cmt_fast.testing.tolerance import Comparison, compare
 
 DTYPES = (torch.float32, torch.float16)
-
-
-@pytest.fixture
-def on(monkeypatch):
-    """Choose tiles as for another device: ``on(multiprocessors=1)``. One multiprocessor means large tiles."""
-
-    def set_limits(arch: int = 90, **changes: int) -> None:
-        limits = dataclasses.replace(ARCHITECTURES[arch], **changes)
-        for module in (triton_launch, reasons):
-            monkeypatch.setattr(module, "device_limits", lambda device: limits)
-
-    return set_limits
 
 
 @pytest.fixture(autouse=True)

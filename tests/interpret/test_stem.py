@@ -14,7 +14,6 @@ from cmt_fast.inference.torch_steps import TORCH, StepFunctions
 from cmt_fast.inference.triton_steps import TRITON
 from cmt_fast.models.variants import VARIANTS
 from cmt_fast.ops._triton import norm, tiles
-from cmt_fast.ops._triton.device import ARCHITECTURES
 from cmt_fast.ops.stem import triton_kernels, triton_launch
 from cmt_fast.ops.stem.schema import stem_embed_triton, stem_triton
 from cmt_fast.testing.packed_stem import StemCall, StemEmbedCall, stem_call, stem_embed_call
@@ -25,15 +24,9 @@ DTYPES = (torch.float32, torch.float16)
 
 
 @pytest.fixture(autouse=True)
-def on(monkeypatch):
-    """Choose tiles as for another device: ``on(multiprocessors=132)``. One multiprocessor means large tiles."""
-
-    def set_limits(arch: int = 90, **changes: int) -> None:
-        limits = dataclasses.replace(ARCHITECTURES[arch], **changes)
-        monkeypatch.setattr(triton_launch, "device_limits", lambda device: limits)
-
-    set_limits(multiprocessors=1)
-    return set_limits
+def large_tiles(on):
+    """Those of one multiprocessor, unless a test asks for others."""
+    on(multiprocessors=1)
 
 
 @pytest.fixture(autouse=True)
