@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
+from repeats import assert_same_in_a_graph, assert_same_on_streams
 from torch import Tensor
 
 from cmt_fast import explain, use_backend
@@ -27,14 +29,6 @@ DETECTION = (
     StageShape("c", 1, 50, 84, 256, 4, 0, 2),
     StageShape("d", 1, 25, 42, 512, 8, 0, 1),
 )
-
-
-@pytest.fixture(params=[False, True], ids=["ieee", "tf32"])
-def tf32(request):
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = request.param
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 @pytest.fixture(autouse=True)
@@ -128,26 +122,12 @@ def test_streams():
         attention_call(stage_shapes("cmt_s", batch=8)[i], torch.bfloat16, absorbed=i < 2, device="cuda", seed=i)
         for i in range(4)
     ]
-    expected = [call.run(TRITON) for call in calls]
-    streams = [torch.cuda.Stream() for _ in calls]
-    torch.cuda.synchronize()
-    actual = []
-    for call, stream in zip(calls, streams):
-        with torch.cuda.stream(stream):
-            actual.append([call.run(TRITON) for _ in range(10)])
-    torch.cuda.synchronize()
-    assert all(torch.equal(out, wanted) for outs, wanted in zip(actual, expected) for out in outs)
+    assert_same_on_streams([partial(call.run, TRITON) for call in calls])
 
 
 def test_in_a_cuda_graph():
     call = call_on_gpu(stage_shapes("cmt_s", batch=2)[3], torch.bfloat16, absorbed=False)
-    expected = call.run(TRITON)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = call.run(TRITON)
-    out.zero_()
-    graph.replay()
-    assert torch.equal(out, expected)
+    assert_same_in_a_graph(partial(call.run, TRITON))
 
 
 def test_on_the_second_device():

@@ -1,7 +1,10 @@
 """The Triton kernels of the head on a GPU: real shapes, every dtype and form, offsets beyond 2^31, streams, graphs."""
 
+from functools import partial
+
 import pytest
 import torch
+from repeats import assert_same_in_a_graph, assert_same_on_streams
 
 import cmt_fast
 from cmt_fast.inference.torch_steps import TORCH
@@ -21,14 +24,6 @@ def insist():
     """A call that the kernels cannot run is an error here."""
     with cmt_fast.use_backend("triton"):
         yield
-
-
-@pytest.fixture(params=[False, True], ids=["ieee", "tf32"])
-def tf32(request):
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = request.param
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def check(call: HeadCall) -> None:
@@ -76,29 +71,12 @@ def test_opcheck(dtype):
 def test_streams():
     """Calls on several streams at once do not disturb each other."""
     calls = [head_call((16, 7, 7, 512), torch.bfloat16, device="cuda", seed=seed) for seed in range(8)]
-    expected = [call.run(TRITON) for call in calls]
-    torch.cuda.synchronize()
-    streams = [torch.cuda.Stream() for _ in calls]
-    results = []
-    for _ in range(5):
-        for call, stream in zip(calls, streams):
-            with torch.cuda.stream(stream):
-                results.append(call.run(TRITON))
-    torch.cuda.synchronize()
-    for i, result in enumerate(results):
-        assert torch.equal(result, expected[i % len(calls)])
+    assert_same_on_streams([partial(call.run, TRITON) for call in calls])
 
 
 def test_a_run_repeats_bit_for_bit_also_in_a_graph():
     call = head_call((4, 8, 8, 608), torch.bfloat16, device="cuda")
-    expected = call.run(TRITON)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = call.run(TRITON)
-    for _ in range(3):
-        graph.replay()
-        torch.cuda.synchronize()
-        assert torch.equal(captured, expected)
+    assert_same_in_a_graph(partial(call.run, TRITON))
 
 
 def test_compiles_into_one_graph():

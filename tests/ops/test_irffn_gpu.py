@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
+from repeats import assert_same_in_a_graph, assert_same_on_streams
 from torch import Tensor
 
 from cmt_fast import use_backend
@@ -22,14 +24,6 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAKERS = (expand_call, depthwise_project_call)
 steps = pytest.mark.parametrize("make", MAKERS, ids=["expand", "depthwise_project"])
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-@pytest.fixture(params=[False, True], ids=["ieee", "tf32"])
-def tf32(request):
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = request.param
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 @pytest.fixture(autouse=True)
@@ -99,29 +93,14 @@ def test_hidden_maps_beyond_32_bit_offsets(stage, dtype):
 def test_streams(make):
     """Calls on several streams at once equal the same calls one after the other."""
     calls = [make(shape, torch.bfloat16, device="cuda", seed=i) for i, shape in enumerate(stage_shapes("cmt_s", 8))]
-    expected = [call.run(TRITON) for call in calls]
-    streams = [torch.cuda.Stream() for _ in calls]
-    torch.cuda.synchronize()
-    actual = []
-    for call, stream in zip(calls, streams):
-        with torch.cuda.stream(stream):
-            actual.append([call.run(TRITON) for _ in range(10)])
-    torch.cuda.synchronize()
-    assert all(torch.equal(out, wanted) for outs, wanted in zip(actual, expected) for out in outs)
+    assert_same_on_streams([partial(call.run, TRITON) for call in calls])
 
 
 @steps
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_a_run_repeats_bit_for_bit_also_in_a_graph(dtype, make):
     call = make(stage_shapes("cmt_b", 4)[3], dtype, device="cuda")
-    expected = call.run(TRITON)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = call.run(TRITON)
-    for _ in range(3):
-        out.zero_()
-        graph.replay()
-        assert torch.equal(out, expected)
+    assert_same_in_a_graph(partial(call.run, TRITON))
 
 
 @steps

@@ -1,9 +1,11 @@
 """The Triton kernel of the local perception unit on a GPU: real shapes, every dtype, large maps, streams, graphs."""
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
+from repeats import assert_same_in_a_graph, assert_same_on_streams
 
 import cmt_fast
 from cmt_fast.inference.torch_steps import TORCH
@@ -66,29 +68,12 @@ def test_streams():
     calls = [
         lpu_call(stage_shapes("cmt_s", 8)[seed % 4], torch.bfloat16, device="cuda", seed=seed) for seed in range(8)
     ]
-    expected = [call.run(TRITON) for call in calls]
-    torch.cuda.synchronize()
-    streams = [torch.cuda.Stream() for _ in calls]
-    results = []
-    for _ in range(5):
-        for call, stream in zip(calls, streams):
-            with torch.cuda.stream(stream):
-                results.append(call.run(TRITON))
-    torch.cuda.synchronize()
-    for i, maps in enumerate(results):
-        assert all(torch.equal(*pair) for pair in zip(maps, expected[i % len(calls)]))
+    assert_same_on_streams([partial(call.run, TRITON) for call in calls])
 
 
 def test_a_run_repeats_bit_for_bit_also_in_a_graph():
     call = lpu_call(stage_shapes("cmt_b", 4)[0], torch.bfloat16, device="cuda")
-    expected = call.run(TRITON)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = call.run(TRITON)
-    for _ in range(3):
-        graph.replay()
-        torch.cuda.synchronize()
-        assert all(torch.equal(*pair) for pair in zip(captured, expected))
+    assert_same_in_a_graph(partial(call.run, TRITON))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

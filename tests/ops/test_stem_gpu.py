@@ -1,9 +1,11 @@
 """The Triton kernels of the stem on a GPU: real shapes, every dtype and layout, offsets beyond 2^31, streams, graphs."""
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
+from repeats import assert_same_in_a_graph, assert_same_on_streams
 
 import cmt_fast
 from cmt_fast.inference.torch_steps import TORCH
@@ -23,14 +25,6 @@ def insist():
     """A call that the kernels cannot run is an error here."""
     with cmt_fast.use_backend("triton"):
         yield
-
-
-@pytest.fixture(params=[False, True], ids=["ieee", "tf32"])
-def tf32(request):
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = request.param
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def check(call: StemCall, width: int) -> None:
@@ -104,29 +98,12 @@ def test_opcheck(dtype):
 def test_streams():
     """Calls on several streams at once do not disturb each other."""
     calls = [stem_call((2, 3, 64, 64), 32, torch.bfloat16, device="cuda", seed=seed) for seed in range(8)]
-    expected = [call.run(TRITON) for call in calls]
-    torch.cuda.synchronize()
-    streams = [torch.cuda.Stream() for _ in calls]
-    results = []
-    for _ in range(5):
-        for call, stream in zip(calls, streams):
-            with torch.cuda.stream(stream):
-                results.append(call.run(TRITON))
-    torch.cuda.synchronize()
-    for i, result in enumerate(results):
-        assert torch.equal(result, expected[i % len(calls)])
+    assert_same_on_streams([partial(call.run, TRITON) for call in calls])
 
 
 def test_a_run_repeats_bit_for_bit_also_in_a_graph():
     call = stem_embed_call((4, 3, 64, 96), 38, 76, torch.bfloat16, device="cuda")
-    expected = call.run(TRITON)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = call.run(TRITON)
-    for _ in range(3):
-        graph.replay()
-        torch.cuda.synchronize()
-        assert torch.equal(captured, expected)
+    assert_same_in_a_graph(partial(call.run, TRITON))
 
 
 def test_compiles_into_one_graph():
