@@ -19,12 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.run import QUICK_RESULTS
+from benchmarks.run import QUICK_RESULTS, shapes
 from benchmarks.store import RESULTS, ResultFile
 from cmt_fast.functional import reduced_kv_attention
 from cmt_fast.models.variants import VARIANTS
 from cmt_fast.testing.precision import precision
-from cmt_fast.testing.shapes import StageShape, stage_shapes
+from cmt_fast.testing.results import error_line
+from cmt_fast.testing.shapes import StageShape
 from cmt_fast.testing.timing import measure_interleaved
 from cmt_fast.testing.tolerance import compare
 from cmt_fast.training.config import find_device
@@ -99,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = ResultFile(device, options.out or (QUICK_RESULTS if options.quick else RESULTS), "attention")
     print(f"{results.data['machine']}\n-> {results.path}", flush=True)
     any_wrong = False
-    for shape in _shapes(options):
+    for shape in shapes(options):
         for dtype in options.dtype or ["bfloat16"]:
             for row in measure_shape(
                 shape, precision(dtype).dtype, options.provider or list(PROVIDERS), device, seconds
@@ -123,7 +124,7 @@ def measure_shape(
             notes[name] = wrong(_gradients(PROVIDERS[name], inputs, grad), exact, own, dtype)
             memory[name] = _peak(PROVIDERS[name], inputs, grad, device)
         except Exception as error:
-            notes[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            notes[name] = error_line(error)
     del exact, own
     able = [name for name in providers if not notes[name]]
     for mode in ("forward", "backward"):
@@ -194,12 +195,6 @@ def _peak(attention: Attention, inputs: list[Tensor], grad: Tensor, device: torc
     _gradients(attention, inputs, grad)
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
-
-
-def _shapes(options: argparse.Namespace) -> Iterator[StageShape]:
-    for variant in options.variant or ["cmt_s"]:
-        stages = stage_shapes(variant, options.batch, 64 if options.quick else None)
-        yield from stages[:1] if options.quick else stages
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -23,6 +23,7 @@ from benchmarks.store import RESULTS, ResultFile, timing_columns
 from cmt_fast.testing.benchmark import MODES, bench, make_images, make_model
 from cmt_fast.testing.precision import precision
 from cmt_fast.testing.providers import BASELINE, COMPILED_ON_GPU, PROVIDERS
+from cmt_fast.testing.results import error_line
 from cmt_fast.testing.timing import measure_interleaved
 from cmt_fast.training.config import find_device
 
@@ -163,7 +164,7 @@ def _measure_peer(variant: str, size: int, batch: int, device: torch.device, sec
         try:
             calls[mode] = timm_call(PEER.model, batch, PEER.img_size, mode, p, device)
         except Exception as error:
-            notes[mode] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            notes[mode] = error_line(error)
     timings = measure_interleaved(calls, seconds=seconds, device=device)
     for mode in PEER_MODES:
         t = timings.get(mode)

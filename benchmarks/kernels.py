@@ -30,6 +30,7 @@ from cmt_fast.testing.packed_attention import AttentionCall, attention_call
 from cmt_fast.testing.packed_irffn import DepthwiseProjectCall, depthwise_project_call
 from cmt_fast.testing.packed_steps import STEPS, judge, runs_in, tensors_of
 from cmt_fast.testing.precision import precision
+from cmt_fast.testing.results import error_line
 from cmt_fast.testing.shapes import StageShape, stage_shapes
 from cmt_fast.testing.timing import Timing, measure_interleaved
 from cmt_fast.training.config import find_device
@@ -97,7 +98,7 @@ def measure_step(
             try:
                 notes[provider] = wrong(judges[provider], possible[provider]()) if provider != "copy" else ""
             except Exception as error:
-                notes[provider] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+                notes[provider] = error_line(error)
             if not notes[provider]:
                 calls[provider] = possible[provider]
         timings = measure_interleaved(calls, seconds=seconds, device=device, cold_cache=device.type == "cuda")

@@ -21,6 +21,7 @@ from cmt_fast.backend import BACKENDS, machine_reasons
 from cmt_fast.models.variants import VARIANTS
 from cmt_fast.testing.inputs import Case
 from cmt_fast.testing.precision import PRECISIONS, Precision, precision
+from cmt_fast.testing.results import error_line
 from cmt_fast.testing.shapes import StageShape, stage_shapes
 from cmt_fast.testing.timing import measure_interleaved
 from cmt_fast.testing.verification import verify_case
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{results.data['machine']}\n-> {results.path}", flush=True)
     any_wrong = False
     for op in options.op or OPS:
-        for shape in _shapes(options):
+        for shape in shapes(options):
             case = OPS[op].make_case(shape)
             if case is None:
                 continue
@@ -73,7 +74,7 @@ def measure_case(
                 calls[provider]()
             except Exception as error:
                 calls.pop(provider, None)
-                notes[provider] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+                notes[provider] = error_line(error)
     timings = measure_interleaved(calls, seconds=seconds, device=device, cold_cache=device.type == "cuda")
     base = timings.get(BASELINE)
     for provider in providers:
@@ -93,7 +94,8 @@ def _gate(case: Case, backends: list[str], p: Precision, device: torch.device, m
     return notes
 
 
-def _shapes(options: argparse.Namespace) -> Iterator[StageShape]:
+def shapes(options: argparse.Namespace) -> Iterator[StageShape]:
+    """The stages that the options --variant, --batch and --quick ask for."""
     for variant in options.variant or ["cmt_s"]:
         stages = stage_shapes(variant, options.batch, 64 if options.quick else None)
         yield from stages[:1] if options.quick else stages

@@ -28,6 +28,7 @@ from cmt_fast.inference.torch_steps import TORCH, StepFunctions
 from cmt_fast.models.variants import VARIANTS
 from cmt_fast.testing.benchmark import make_images, make_model
 from cmt_fast.testing.precision import precision
+from cmt_fast.testing.results import error_line
 from cmt_fast.testing.shapes import stage_shapes
 from cmt_fast.testing.timing import measure, measure_interleaved
 from cmt_fast.testing.tolerance import compare
@@ -126,7 +127,7 @@ def measure_steps(
         try:
             recorded[provider] = record_calls(*PROVIDERS[provider](packed), images)
         except Exception as error:
-            notes[provider] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            notes[provider] = error_line(error)
     shapes = dict(zip(STAGES, stage_shapes(variant, batch, size)))
     for (step, stage), base in recorded[BASELINE].items():
         if step not in steps:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.store import ResultFile
+from cmt_fast.testing.results import error_line
 
 Rows = Iterable[Mapping[str, Any]]
 
@@ -109,7 +110,7 @@ class Report:
                 rows = [{"section": name, **row} for row in m.run()]
                 state["done"].append(m.name)
             except Exception as error:
-                state["failed"][m.name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+                state["failed"][m.name] = error_line(error)
             self._missing(name, plan)
             self.results.add_all(rows)  # with the state, in one piece
             failure = state["failed"].get(m.name)

@@ -15,6 +15,7 @@ from cmt_fast.testing.inputs import in_double
 from cmt_fast.testing.original_order import OriginalOrder
 from cmt_fast.testing.precision import Precision, one_of, precision
 from cmt_fast.testing.providers import BASELINE, PROVIDERS, Forward, eager
+from cmt_fast.testing.results import error_line
 from cmt_fast.testing.timing import Timing, measure_interleaved, peak_memory
 from cmt_fast.testing.tolerance import compare
 
@@ -205,7 +206,7 @@ class _Subject:
             return _Entry(name, call, peak_memory(call, self.device))
         except Exception as error:
             self.model.zero_grad(set_to_none=True)
-            return _Entry(name, note=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
+            return _Entry(name, note=error_line(error))
 
     def row(self, entry: _Entry, timings: dict[str, Timing]) -> Row:
         batch = self.images.shape[0]

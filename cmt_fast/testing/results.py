@@ -58,6 +58,11 @@ def device_name(facts: dict[str, Any]) -> str:
 _NUMBERS = re.compile(r"\[\s+[-+.\deE]+(,\s+[-+.\deE]+)*\s+\]")
 
 
+def error_line(error: BaseException) -> str:
+    """Its type and the first line of its message, if it has one: ``ValueError: what was wrong``."""
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+
+
 def check_folder(path: str | os.PathLike[str]) -> None:
     """Require the folder that ``path`` is to be written to, before the work of which it will hold the results.
 

@@ -18,6 +18,7 @@ from cmt_fast.testing.original_order import OriginalOrder
 from cmt_fast.testing.packed_cases import PACKED_OPS, PackedCase, packed_cases
 from cmt_fast.testing.poison import poisoned_empty
 from cmt_fast.testing.precision import Precision, one_of, precision
+from cmt_fast.testing.results import error_line
 from cmt_fast.testing.tolerance import compare
 
 #: What can be verified: the operations of ``cmt_fast.functional``; ``cmt``, the whole model; steps of packed models, and these as a whole.
@@ -210,7 +211,7 @@ def _verify(
                 reason = str(error).partition(". Use backend=")[0]
                 checks.append(_not_run(op, backend, p, name, reason, passed=None))
             except Exception as error:
-                detail = f"raised {type(error).__name__}: {_first_line(error)}"
+                detail = f"raised {error_line(error)}"
                 checks.append(_not_run(op, backend, p, name, detail, passed=False))
             else:
                 for quantity in exact:

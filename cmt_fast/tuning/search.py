@@ -17,7 +17,7 @@ from cmt_fast.ops._triton.tunable import Query, read_tables_again, trial
 from cmt_fast.ops._triton.tuned_tables import Table
 from cmt_fast.testing.packed_steps import STEPS, StepCall, judge, runs_in
 from cmt_fast.testing.poison import poisoned_empty
-from cmt_fast.testing.results import write_json
+from cmt_fast.testing.results import error_line, write_json
 from cmt_fast.testing.shapes import StageShape
 from cmt_fast.testing.timing import Timing, measure_interleaved
 from cmt_fast.testing.tolerance import Comparison
@@ -130,8 +130,7 @@ def tune(
             except torch.AcceleratorError:  # nothing runs on the device after that
                 raise
             except Exception as error:
-                first_line = str(error).strip().partition("\n")[0]
-                add(Row(*where, note=f"{type(error).__name__}: {first_line}"))
+                add(Row(*where, note=error_line(error)))
                 continue
             for query in queries:
                 if query in fresh:

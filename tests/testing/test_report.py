@@ -44,7 +44,9 @@ def parts(module, tmp_path):
             ran.append(name)
             clock.now += seconds
             if name in wrong:
-                raise ValueError(f"{name} is wrong")
+                raise ValueError(f"{name} is wrong\nand more")
+            if name == "no message":
+                raise AssertionError
             yield dict(op=name, provider="made up", mode="test", value=len(ran))
 
         def plan():
@@ -92,6 +94,13 @@ def test_what_fails_is_told_and_tried_again(parts):
     second = report()
     assert second.run({"a": section("A", ["a1", "a2"])}, 1000.0)
     assert second.state["a"]["failed"] == {} and ran == ["a1", "a2", "a1"]
+
+
+def test_an_error_without_a_message_is_told_too(parts):
+    section, report, _, _ = parts
+    first = report()
+    assert first.run({"a": section("A", ["no message", "a2"])}, 1000.0)
+    assert list(first.state["a"]["failed"]) == ["no message"] and first.state["a"]["done"] == ["a2"]
 
 
 def test_a_section_that_cannot_run_here_says_why(parts, module):
