@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: Autocast's dtype for tensors on the ``meta`` device, which it does not know, while a trace imitates it there; else None.
-meta_dtype: torch.dtype | None = None
+#: CUDA autocast's dtype for tensors on any device, while :mod:`cmt_fast.testing.cuda_autocast` imitates it; else None.
+imitated_dtype: torch.dtype | None = None
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Autocast's dtype where ``x`` is, or None where it is off."""
     device = x.device.type
-    if device == "meta":
-        return meta_dtype
+    if imitated_dtype is not None or device == "meta":  # which autocast does not know
+        return imitated_dtype
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from cmt_fast.backend import use_backend
 from cmt_fast.models.cmt import CMT
 from cmt_fast.ops._triton.launch import record_launches
-from cmt_fast.testing.meta_autocast import MetaAutocast
+from cmt_fast.testing.cuda_autocast import CudaAutocast
 from cmt_fast.testing.original_order import OriginalOrder
 from cmt_fast.testing.precision import Precision
 from cmt_fast.testing.trace import Kernel, Tracer
@@ -42,7 +42,7 @@ def trace_training(model: CMT, batch: int, p: Precision, *, original: bool = Fal
     """
     model = copy.deepcopy(model).to("meta", p.dtype).train()
     images = torch.empty(batch, model.in_chans, *model.img_size, dtype=p.dtype, device="meta")
-    mixed = MetaAutocast(p.autocast) if p.autocast else contextlib.nullcontext()
+    mixed = CudaAutocast(p.autocast) if p.autocast else contextlib.nullcontext()
     parameters = {_storage(parameter) for parameter in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 

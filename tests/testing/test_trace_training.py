@@ -13,7 +13,7 @@ from cmt_fast.modules import IRFFN
 from cmt_fast.ops import autocast
 from cmt_fast.ops._triton.launch import Launch
 from cmt_fast.testing.benchmark import make_model
-from cmt_fast.testing.meta_autocast import MetaAutocast
+from cmt_fast.testing.cuda_autocast import CudaAutocast
 from cmt_fast.testing.precision import precision
 from cmt_fast.testing.shapes import SMALL_MODELS
 from cmt_fast.testing.trace_training import TrainingTrace, trace_training
@@ -120,7 +120,7 @@ def test_the_trace_is_what_runs(monkeypatch):
 
 def test_autocast_on_meta():
     x, weight = torch.empty(3, 4, device="meta"), torch.nn.Parameter(torch.empty(5, 4, device="meta"))
-    with MetaAutocast(torch.bfloat16) as mode:
+    with CudaAutocast(torch.bfloat16) as mode:
         assert F.linear(x, weight).dtype == (x @ weight.t()).dtype == torch.bfloat16
         assert F.linear(x, weight).dtype == torch.bfloat16 and len(mode._parameters) == 1
         assert F.layer_norm(x.bfloat16(), (4,)).dtype == x.bfloat16().softmax(-1).dtype == torch.float32
