@@ -59,7 +59,7 @@ def timing_columns(t: Timing | None, base: Timing | None = None) -> dict[str, An
 
 
 #: What identifies a row; the rest of it is what was measured.
-KEY = ("section", "op", "shape", "model", "img_size", "batch", "provider", "dtype", "mode")
+KEY = ("section", "op", "shape", "model", "img_size", "batch", "provider", "dtype", "mode", "seed")
 
 
 def key(row: Mapping[str, Any]) -> tuple[Any, ...]:
