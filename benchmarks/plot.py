@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -171,6 +172,26 @@ def latency(data: Data) -> Any:
     return figure
 
 
+def convergence(data: Data) -> Any:
+    """Loss over the epochs by setting: each run's training loss thin, the means over the seeds thick, of held-out images dashed."""
+    rows = _need(_section(data, "convergence"), "training runs", "convergence")
+    figure, axes = _figure(data, f"{rows[0]['model']}, batch {rows[0]['batch']}", 5.5)
+    for i, setting in enumerate(dict.fromkeys(row["provider"] for row in rows)):
+        runs = [row["curves"] for row in rows if row["provider"] == setting]
+        epochs, color = range(1, len(runs[0]["train_loss"]) + 1), f"C{i}"
+        for run in runs:
+            axes.plot(epochs, run["train_loss"], color=color, linewidth=0.5, alpha=0.5)
+        for name, style in (("train_loss", "-"), ("val_loss", "--")):
+            means = [statistics.mean(values) for values in zip(*(run[name] for run in runs))]
+            axes.plot(epochs, means, style, color=color, label=f"{setting}, {name}, mean of {len(runs)} seeds")
+    axes.set_yscale("log")
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("loss")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=7)
+    return figure
+
+
 FIGURES: dict[str, Callable[[Data], Any]] = {
     "accuracy": accuracy,
     "models": partial(ratios, of="model"),
@@ -180,6 +201,7 @@ FIGURES: dict[str, Callable[[Data], Any]] = {
     "roofline": roofline,
     "memory": memory,
     "latency": latency,
+    "convergence": convergence,
 }
 
 
@@ -206,9 +228,9 @@ def _section(data: Data, name: str) -> list[Row]:
     return [row for row in data["rows"] if row.get("section") == name]
 
 
-def _need(rows: list[Row], what: str) -> list[Row]:
+def _need(rows: list[Row], what: str, command: str = "report") -> list[Row]:
     if not rows:
-        raise ValueError(f"no rows of {what} in this file: make one with python -m benchmarks.report")
+        raise ValueError(f"no rows of {what} in this file: make one with python -m benchmarks.{command}")
     return rows
 
 

@@ -6,14 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import cmt_fast
 from cmt_fast.modules import IRFFN
-from cmt_fast.ops import autocast
 from cmt_fast.ops._triton.launch import Launch
 from cmt_fast.testing.benchmark import make_model
-from cmt_fast.testing.cuda_autocast import CudaAutocast
 from cmt_fast.testing.precision import precision
 from cmt_fast.testing.shapes import SMALL_MODELS
 from cmt_fast.testing.trace_training import TrainingTrace, trace_training
@@ -116,16 +113,6 @@ def test_the_trace_is_what_runs(monkeypatch):
         model.train()(torch.zeros(2, 3, 96, 64)).sum().backward()
     assert [kernel.name for kernel in expected] == [launch.kernel.__name__ for launch in ran]
     assert [kernel.bytes for kernel in expected] == [launch.reads + launch.writes for launch in ran]
-
-
-def test_autocast_on_meta():
-    x, weight = torch.empty(3, 4, device="meta"), torch.nn.Parameter(torch.empty(5, 4, device="meta"))
-    with CudaAutocast(torch.bfloat16) as mode:
-        assert F.linear(x, weight).dtype == (x @ weight.t()).dtype == torch.bfloat16
-        assert F.linear(x, weight).dtype == torch.bfloat16 and len(mode._parameters) == 1
-        assert F.layer_norm(x.bfloat16(), (4,)).dtype == x.bfloat16().softmax(-1).dtype == torch.float32
-        assert F.gelu(x).dtype == torch.float32 and autocast.autocast_dtype(x) == torch.bfloat16
-    assert autocast.autocast_dtype(x) is None and F.linear(x, weight).dtype == torch.float32
 
 
 def test_the_command(monkeypatch, tmp_path, capsys):
