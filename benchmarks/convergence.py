@@ -1,9 +1,9 @@
 """Does a residual stream in 16 bits cost accuracy? Whole training runs in both settings, from several seeds: ``python -m benchmarks.convergence``.
 
-A run is that of ``cmt-fast train`` with a narrow CMT of CMT-Ti's depths on the built-in digits (``--set data=FOLDER model=cmt_s ...`` for others), once a
-setting and seed: ``full`` and ``low`` under autocast in bfloat16, which are ``--residual full`` and ``--residual low``, and ``float32`` for scale. Runs of one
-seed start from the same weights and see the same images, so their differences are paired; the difference between full and float32 tells what autocast
-itself does, and the spread over seeds what chance does. On a CPU the arithmetic is that of CUDA's autocast
+A run is that of ``cmt-fast train digits`` with a narrow CMT of CMT-Ti's depths (``--set data=FOLDER``: that of ``cmt-fast train FOLDER``), once a setting
+and seed: ``full`` and ``low`` under autocast in bfloat16, which are ``--residual full`` and ``--residual low``, and ``float32`` for scale. Runs of one seed
+start from the same weights and see the same images, so their differences are paired; the difference between full and float32 tells what autocast itself
+does, and the spread over seeds what chance does. On a CPU the arithmetic is that of CUDA's autocast
 (:class:`cmt_fast.testing.cuda_autocast.CudaAutocast`), in plain PyTorch. At the weights that a run ends with, the gradient of one batch in either setting is
 compared with float32's.
 
@@ -226,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.table:
         data = load(options.table)
     else:
-        recipe = {**RECIPE, **(QUICK if options.quick else {}), **dict(options.set)}
+        recipe = _recipe(dict(options.set), options.quick)
         device = TrainConfig(**recipe).torch_device()
         results = ResultFile(device, options.out or (QUICK_RESULTS if options.quick else RESULTS), "convergence")
         console.print(f"{results.data['machine']}\n-> {results.path}", highlight=False, soft_wrap=True)
@@ -236,6 +236,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for table in tables([row for row in data["rows"] if row.get("section") == "convergence"]):
         console.print(table)
     return 0
+
+
+def _recipe(given: dict[str, Any], quick: bool) -> dict[str, Any]:
+    """What all settings have in common. Of other data than digits it is what ``cmt-fast train`` has by itself."""
+    return {**(RECIPE if given.get("data", "digits") == "digits" else {}), **(QUICK if quick else {}), **given}
 
 
 def _field(text: str) -> tuple[str, Any]:
@@ -258,7 +263,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_field,
         default=[],
         metavar="FIELD=VALUE",
-        help="fields of cmt_fast.training.TrainConfig in place of the recipe's, in JSON or as text: data=FOLDER epochs=90 device=cuda backend=auto",
+        help="fields of cmt_fast.training.TrainConfig in place of the recipe's, in JSON or as text: data=FOLDER epochs=90 workers=16",
     )
     parser.add_argument("--out", type=Path, help="folder of result files; benchmarks/results, with --quick outputs/")
     parser.add_argument("--quick", action="store_true", help="a tiny model, one epoch: to see that everything runs")
