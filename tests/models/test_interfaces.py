@@ -1,5 +1,6 @@
 """CMT under PyTorch's own machinery: compile, export, autocast, memory formats, functional calls, checkpointing."""
 
+import contextlib
 import copy
 
 import pytest
@@ -146,6 +147,29 @@ def test_residual_stream_under_autocast(model, x):
     assert torch.equal(model(x), plain)
     model.set_low_residual(False)
     assert dtypes(model)["map"] == {torch.float32}
+
+
+@pytest.mark.parametrize("low", [False, True])
+def test_either_stream_is_within_the_policy_beside_the_original(model, x, low):
+    """Logits, gradients and statistics under CUDA's autocast; the original's stream is float32."""
+    from cmt_fast.testing.original_order import OriginalOrder
+
+    def results(model, call, x, mode):
+        with mode:
+            logits = call(x)
+        logits.double().square().sum().backward()
+        named = {f"grad {name}": p.grad for name, p in model.named_parameters()} | dict(model.named_buffers())
+        return {"logits": logits.detach()} | named
+
+    exact_model, plain_model = copy.deepcopy(model).double(), OriginalOrder(copy.deepcopy(model))
+    model.set_low_residual(low)
+    exact = results(exact_model, exact_model, x.double(), contextlib.nullcontext())
+    plain = results(plain_model.model, plain_model, x, CudaAutocast(torch.bfloat16))
+    ours = results(model, model, x, CudaAutocast(torch.bfloat16))
+    for name in exact:
+        if exact[name].is_floating_point():
+            backward = name.startswith("grad ")
+            assert_within(name, ours[name], exact[name], plain[name], backward=backward, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
