@@ -179,10 +179,10 @@ def values(rows: Sequence[Row], setting: str, quantity: str) -> dict[int, float]
     return {row["seed"]: row[quantity] for row in rows if row["provider"] == setting}
 
 
-def differences(rows: Sequence[Row], of: str, minus: str, quantity: str) -> list[float]:
-    """Of the seeds that both settings have, in their order."""
+def differences(rows: Sequence[Row], of: str, minus: str, quantity: str) -> dict[int, float]:
+    """Of the seeds that both settings have, by seed."""
     first, second = values(rows, of, quantity), values(rows, minus, quantity)
-    return [first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())]
+    return {seed: first[seed] - second[seed] for seed in first.keys() & second.keys()}
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:
@@ -194,17 +194,11 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     )
     for quantity in QUANTITIES:
         for setting in SETTINGS:
-            of_seed = values(rows, setting, quantity)
-            if of_seed:
-                cells = [f"{of_seed[seed]:.4f}" if seed in of_seed else "-" for seed in seeds]
-                final.add_row(quantity, setting, *cells, *_mean_and_std(list(of_seed.values()), "{:.4f}"))
+            _add(final, [quantity, setting], values(rows, setting, quantity), seeds, "{:.4f}")
         for of, minus in PAIRS:
             both = differences(rows, of, minus, quantity)
-            if both:
-                cells = [f"{value:+.4f}" for value in both] + ["-"] * (len(seeds) - len(both))
-                of_mean = statistics.stdev(both) / len(both) ** 0.5 if len(both) > 1 else None
-                last = "-" if of_mean is None else f"{of_mean:.4f}"
-                paired.add_row(quantity, f"{of} - {minus}", *cells, *_mean_and_std(both, "{:+.4f}"), last)
+            last = f"{statistics.stdev(both.values()) / len(both) ** 0.5:.4f}" if len(both) > 1 else "-"
+            _add(paired, [quantity, f"{of} - {minus}"], both, seeds, "{:+.4f}", last)
     errors = Table("after runs in", "full", "low", "low / full", title="Error of a gradient, mean over the seeds")
     for setting in SETTINGS:
         mine = [row["gradient_error"] for row in rows if row["provider"] == setting]
@@ -215,8 +209,14 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     return [final, paired, errors]
 
 
-def _mean_and_std(of: Sequence[float], form: str) -> tuple[str, str]:
-    return form.format(statistics.mean(of)), f"{statistics.stdev(of):.4f}" if len(of) > 1 else "-"
+def _add(
+    table: Table, names: list[str], of_seed: Mapping[int, float], seeds: Sequence[int], form: str, *last: str
+) -> None:
+    """A row of what there is of every seed, its mean and its standard deviation; none where there is nothing."""
+    if of_seed:
+        cells = [form.format(of_seed[seed]) if seed in of_seed else "-" for seed in seeds]
+        std = f"{statistics.stdev(of_seed.values()):.4f}" if len(of_seed) > 1 else "-"
+        table.add_row(*names, *cells, form.format(statistics.mean(of_seed.values())), std, *last)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -60,8 +60,8 @@ def rows(**of_setting):
 
 
 def test_differences_are_of_one_seed(convergence):
-    found = convergence.differences(rows(full=[0.5, 0.25, 0.75], low=[0.625, 0.375]), "low", "full", "val_loss")
-    assert found == [0.125, 0.125], "the third seed has no partner yet"
+    found = convergence.differences(rows(full=[0.5, 0.25, 0.75], low=[0.625, 0.5]), "low", "full", "val_loss")
+    assert found == {0: 0.125, 1: 0.25}, "the third seed has no partner yet"
 
 
 def test_the_curves_are_drawn(monkeypatch, convergence, tmp_path):
