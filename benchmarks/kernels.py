@@ -84,7 +84,7 @@ def measure_step(
     possible: dict[str, Callable[[], object]] = {
         "torch": lambda: call.run(TORCH),
         "compile": compiled,
-        "triton": lambda: _insist(call),
+        "triton": lambda: by_kernels(call),
         "copy": lambda: other.copy_(half),
     }
     judges = dict.fromkeys(possible, call)
@@ -162,7 +162,8 @@ def wrong(call: Any, actual: object) -> str:
     return "; ".join(f"wrong {c}" for c in comparisons if not c.passed)
 
 
-def _insist(call: Any) -> object:
+def by_kernels(call: Any) -> object:
+    """What a step returns by the Triton kernels, or :class:`cmt_fast.BackendError`."""
     with use_backend("triton"):
         return call.run(TRITON)
 

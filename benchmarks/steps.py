@@ -133,8 +133,8 @@ def measure_steps(
         if step not in steps:
             continue
         calls = {name: recorded[name][step, stage].on_maps_of(base) for name in providers if name in recorded}
-        wrong = _wrong(base, calls, p.low)
-        timings = measure_interleaved({n: call for n, call in calls.items() if n not in wrong}, seconds=seconds)
+        wrongs = wrong(base, calls, p.low)
+        timings = measure_interleaved({n: call for n, call in calls.items() if n not in wrongs}, seconds=seconds)
         flops, size_bytes = base.flops(), base.bytes()
         for provider in providers:
             t, first = timings.get(provider), timings.get(BASELINE)
@@ -149,7 +149,7 @@ def measure_steps(
                 flops=flops,
                 gb_s=t and size_bytes / t.median * 1e-9,
                 gflop_s=t and flops / t.median * 1e-9,
-                note=notes.get(provider) or wrong.get(provider, ""),
+                note=notes.get(provider) or wrongs.get(provider, ""),
             )
 
 
@@ -165,8 +165,8 @@ def measure_machine(dtype: torch.dtype, seconds: float) -> dict[str, float]:
     }
 
 
-def _wrong(base: Call, calls: dict[str, Call], dtype: torch.dtype) -> dict[str, str]:
-    """Why a provider gets no time for a step."""
+def wrong(base: Call, calls: dict[str, Call], dtype: torch.dtype) -> dict[str, str]:
+    """Why a provider gets no time for a step: how it departs from float64 by more than the policy allows, by the providers that do."""
     exact, plain = base.in_double()(), base()
     notes = {}
     for provider, call in calls.items():

@@ -38,7 +38,7 @@ def plan(settings: Settings, mode: str) -> Iterator[Measurement]:
     ]
     providers = INFERENCE if mode == "inference" else TRAINING
     if not settings.gpu:
-        providers = tuple(name for name in providers if name not in COMPILED_ON_GPU)
+        providers = tuple(name for name in providers if name not in (*COMPILED_ON_GPU, "optimize-triton"))
     if not original_folder():
         providers = tuple(name for name in providers if name != "original-code")
     if settings.quick:

@@ -6,9 +6,8 @@ from functools import partial
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from mutation import mutate
+from processes import in_two_processes
 from torch import Tensor, nn
 from torch.utils import checkpoint
 
@@ -358,24 +357,18 @@ def test_checkpointing_updates_statistics_once_or_as_plain_pytorch_does():
 # ---- over two processes --------------------------------------------------------------------------------------------------
 
 
-def worker(rank: int, file: str, found) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+def worker(rank: int) -> dict[str, Tensor]:
     layer, x = made(4, 2, 3, 4, hidden=5)
     part = slice(0, 3) if rank == 0 else slice(3, 4)  # batches of different sizes
     with cmt_fast.use_backend("triton"):
-        found[rank] = results(convert_sync_batchnorm(layer), x[part], gradient(x)[part])
-    dist.destroy_process_group()
+        return results(convert_sync_batchnorm(layer), x[part], gradient(x)[part])
 
 
 def test_two_processes_are_one(tmp_path):
     """Outputs and statistics are those of the whole batch, and gradients of the parameters add up to its."""
     layer, x = made(4, 2, 3, 4, hidden=5)
     expected = results(layer, x)
-    with mp.Manager() as manager:
-        found = manager.dict()
-        mp.spawn(worker, (str(tmp_path / "group"), found), nprocs=2)
-        first, second = found[0], found[1]
+    first, second = in_two_processes(worker, tmp_path)
     buffers = dict(layer.named_buffers())
     for name, wanted in expected.items():
         if name in ("output", "x"):

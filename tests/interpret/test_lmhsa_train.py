@@ -2,7 +2,6 @@
 
 import copy
 import importlib
-import socket
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,9 +9,8 @@ from pathlib import Path
 import plain_lmhsa
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from mutation import mutate
+from processes import in_two_processes
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -418,25 +416,16 @@ def test_bytes_that_move_are_the_plan_s(stage, monkeypatch):
 # ---- over two processes -------------------------------------------------------------------------------------------------------------
 
 
-def _worker(rank: int, port: int, results) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def _worker(rank: int) -> dict[str, Tensor]:
     module = convert_sync_batchnorm(sublayer(SHAPE).train())
     x, grad = inputs(shape(4, 5, 6, 8, 2, 2))
     half = slice(0, 3) if rank == 0 else slice(3, 4)  # batches of different sizes
-    results[rank] = run(module, x[half], grad[half])
-    dist.destroy_process_group()
+    return run(module, x[half], grad[half])
 
 
-def test_two_processes_are_one():
+def test_two_processes_are_one(tmp_path):
     """SyncBatchNorm on gloo: statistics, buffers and gradients of both halves together are those of the whole batch in one process."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(_worker, (port, results), nprocs=2)
-        parts = [results[0], results[1]]
+    parts = in_two_processes(_worker, tmp_path)
     module = sublayer(SHAPE).train()
     x, grad = inputs(shape(4, 5, 6, 8, 2, 2))
     exact = run(copy.deepcopy(module).double(), x.double(), grad.double(), "reference")

@@ -1,12 +1,10 @@
 """Modules on their own: drop path, the 1x1 convolution, BatchNorm over processes."""
 
 import copy
-import socket
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import in_two_processes
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -64,9 +62,7 @@ def _batch():
     )
 
 
-def _worker(rank, port, momentum, checkpointing, results):
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    torch.set_num_threads(1)
+def _worker(rank, momentum, checkpointing):
     model = convert_sync_batchnorm(_model(momentum))
     assert any(isinstance(m, SyncBatchNorm) for m in model.modules())
     assert not any(type(m) in (nn.BatchNorm2d, nn.SyncBatchNorm) for m in model.modules())
@@ -76,22 +72,13 @@ def _worker(rank, port, momentum, checkpointing, results):
     share = slice(0, 2) if rank == 0 else slice(2, 6)  # unequal shares: counts must be summed too
     loss = (ddp(x[share]) - target[share]).square().sum()
     loss.backward()
-    if rank == 0:
-        results["grads"] = {n: p.grad for n, p in model.named_parameters()}
-        results["buffers"] = dict(model.named_buffers())
-    dist.destroy_process_group()
+    return {"grads": {n: p.grad for n, p in model.named_parameters()}, "buffers": dict(model.named_buffers())}
 
 
 @pytest.mark.parametrize("momentum, checkpointing", [(0.1, False), (None, True)])
-def test_two_processes_equal_one(momentum, checkpointing):
+def test_two_processes_equal_one(momentum, checkpointing, tmp_path):
     """DDP with SyncBatchNorm on gloo: gradients (averaged by DDP) and statistics equal one process on the whole batch."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(_worker, (port, momentum, checkpointing, results), nprocs=2)
-        results = dict(results)
+    results, _ = in_two_processes(_worker, tmp_path, momentum, checkpointing)
     model = _model(momentum)
     x, target = _batch()
     (model(x) - target).square().sum().backward()

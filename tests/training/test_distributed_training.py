@@ -12,7 +12,7 @@ import pytest
 pytestmark = pytest.mark.needs("timm", "torchvision")
 
 SCRIPT = """
-import json, sys
+import json, os, sys
 import torch
 from cmt_fast.training.config import TrainConfig
 from cmt_fast.training.run import Observer, fit
@@ -24,7 +24,8 @@ class Kinds(Observer):
         print(sorted({type(m).__name__ for m in model.modules() if "BatchNorm" in type(m).__name__}))
 
 outcome = fit(TrainConfig(**json.loads(sys.argv[1])), Kinds())
-print(json.dumps([outcome.history[-1]["train_loss"], outcome.history[-1]["val_loss"]]))
+print(json.dumps([outcome.history[-1]["train_loss"], outcome.history[-1]["val_loss"]]), flush=True)
+os._exit(0)  # as in processes.py
 """
 
 
