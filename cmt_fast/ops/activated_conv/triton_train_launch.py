@@ -24,7 +24,7 @@ from cmt_fast.ops.activated_conv.triton_train_kernels import (
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Moments (P, 2, C) and counts (P,) of the tiles of GELU(x)."""
     x = x.contiguous()
-    partials = _partials(x)
+    partials = new_partials(x)
     counts = partials.new_empty(len(partials))
     moments_launch(x, partials, counts).run()
     return partials, counts
@@ -41,7 +41,7 @@ def normalise(x: Tensor, n: Tensor) -> Tensor:
 def sums(grad: Tensor, x: Tensor, n: Tensor, normalised: bool) -> tuple[Tensor, Tensor]:
     """The sums (2, C) of BatchNorm's gradient, of the gradient of t; and t, or no image of it."""
     grad, x = grad.contiguous(), x.contiguous()
-    t, partials = x.new_empty(len(x) if normalised else 0, *x.shape[1:]), _partials(x)
+    t, partials = x.new_empty(len(x) if normalised else 0, *x.shape[1:]), new_partials(x)
     norm_launch(x, n, grad, t if normalised else None, partials).run()
     return add_partials(partials), t
 
@@ -66,7 +66,7 @@ def gradient_launch(grad: Tensor, x: Tensor, n: Tensor, sums: Tensor | None, dx:
     return _launch(activation_gradient_kernel, x, dict(grad=grad, x=x, n=n, sums=sums), dict(dx=dx))
 
 
-def _partials(x: Tensor) -> Tensor:
+def new_partials(x: Tensor) -> Tensor:
     """Memory for two numbers a channel of each tile of x."""
     c = x.shape[3]
     return x.new_empty(row_tiles(x.numel() // c, c), 2, c, dtype=torch.float32)
