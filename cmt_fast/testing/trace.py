@@ -125,8 +125,8 @@ class Tracer(TorchDispatchMode):
         if result is not NotImplemented:
             return result
         result = func(*args, **kwargs)
-        if func is _CONVOLUTION and suggest_memory_format(args[0]) is torch.channels_last:
-            result = torch.empty_like(result, memory_format=torch.channels_last)  # as cuDNN's is
+        if func is _CONVOLUTION and _by_cudnn_in_nhwc(*args):
+            result = torch.empty_like(result, memory_format=torch.channels_last)
         inputs, outputs = _tensors((args, kwargs)), _tensors(result)
         changed = _changed(func, args, kwargs)
         written = changed + [t for t in outputs if not _is_view(t, inputs)]
@@ -180,6 +180,12 @@ def _changed(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Ten
     values = {parameter.name: value for parameter, value in zip(parameters, args)} | kwargs
     writes = [p.name for p in parameters if p.alias_info is not None and p.alias_info.is_write]
     return [values[name] for name in writes if isinstance(values.get(name), Tensor)]
+
+
+def _by_cudnn_in_nhwc(x: Tensor, weight: Tensor, *rest: Any) -> bool:
+    """Whether a convolution's result is NHWC in memory on a GPU, which a tensor without memory does not tell; a depthwise one's is not."""
+    groups = rest[-1]
+    return groups == 1 and suggest_memory_format(x) is torch.channels_last
 
 
 def _convolution_operands(args: Sequence[Any]) -> list[Tensor]:
