@@ -212,7 +212,7 @@ def test_a_step_in_float16_autocast_with_the_gradient_scaler(low_residual):
 
     def scaled(model: nn.Module, backend: str, call: Callable) -> Tensors:
         """One step of SGD: gradients unscaled, and the parameters after it."""
-        model, (x, grad) = copy.deepcopy(model), batch()
+        model, (x, grad) = copy.deepcopy(model), batch(2)
         scaler, optimizer = torch.amp.GradScaler("cpu", init_scale=1024.0), torch.optim.SGD(model.parameters(), 0.1)
         with cmt_fast.use_backend(backend):
             loss = (call(model, x).float() * grad).sum()
@@ -227,7 +227,7 @@ def test_a_step_in_float16_autocast_with_the_gradient_scaler(low_residual):
 
     model = small()
     model.set_low_residual(low_residual)
-    exact = step(small(torch.float64), *batch(), "reference")
+    exact = step(small(torch.float64), *batch(2), "reference")
     after = {f"moved {name}": p.detach().double() - 0.1 * exact[name] for name, p in model.named_parameters()}
     plain = [scaled(model, "reference", call)]
     if not low_residual:  # whose stream the original does not have
