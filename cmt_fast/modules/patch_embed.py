@@ -41,7 +41,7 @@ class PatchEmbed(nn.Module):
         """x (B, C, H, W) -> tokens (B, H' * W', embed_dim) and (H', W').
 
         Args:
-            before: activation and BatchNorm that x is to pass first, which is then not kept for the backward pass twice.
+            before: activation and BatchNorm that x is to pass first; on the kernels their results are not kept for the backward pass.
             dtype: of the tokens; None for the norm's own.
         """
         if before:
