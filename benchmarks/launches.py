@@ -24,6 +24,7 @@ from cmt_fast.ops._triton.statistics import (
     statistics_launch,
 )
 from cmt_fast.ops._triton.table import aligned
+from cmt_fast.ops.activated_conv import triton_train_launch as activated_conv
 from cmt_fast.ops.attention.triton_launch import attention_launch
 from cmt_fast.ops.attention.triton_train_launch import backward_launches
 from cmt_fast.ops.depthwise.triton_launch import conv3x3_launch, reduce_launch
@@ -129,6 +130,36 @@ def head(shape: StageShape, dtype: torch.dtype, limits: DeviceLimits) -> list[La
     return [
         features_launch(x, matrix(1280, c), _vector(1280), features, limits),
         linear_launch(features, matrix(1000, 1280), _vector(1000), None, matrix(shape.batch, 1000), None, 0.0, limits),
+    ]
+
+
+def stem_train(shape: StageShape, dtype: torch.dtype, limits: DeviceLimits) -> list[Launch]:
+    """What lies between two convolutions of the stem in a step of training: two launches forward, two backward."""
+    if shape.name[-1] != "a":
+        return []
+    x, n = (
+        torch.empty(shape.batch, 2 * shape.height, 2 * shape.width, shape.in_dim, dtype=dtype, device="meta"),
+        _vector(6, shape.in_dim),
+    )
+    partials = activated_conv.new_partials(x)
+    return [
+        activated_conv.moments_launch(x, partials, _vector(len(partials))),
+        activated_conv.norm_launch(x, n, None, x, None),
+        activated_conv.norm_launch(x, n, x, x, partials),
+        activated_conv.gradient_launch(x, x, n, _vector(2, shape.in_dim), x),
+    ]
+
+
+def patch_norm(shape: StageShape, dtype: torch.dtype, limits: DeviceLimits) -> list[Launch]:
+    """LayerNorm after the patch embedding in training, forward and backward: windows of one token."""
+    x, c = torch.empty(shape.batch, shape.height, shape.width, shape.dim, dtype=dtype, device="meta"), shape.dim
+    programs = reduce_config(window_count(x.shape, 1), c).programs
+    norm = (_vector(c), _vector(c), 1e-5)
+    return [
+        norm_reduce_launch(x, *norm, None, None, 1, x, None, None),
+        norm_reduce_backward_launch(
+            x, None, x, None, None, None, None, *norm, None, 1, x, _vector(programs, 2, c), None
+        ),
     ]
 
 
@@ -305,6 +336,8 @@ LAUNCHES: dict[str, MakeLaunches] = {
     "patch_embed": patch_embed,
     "lpu": lpu,
     "attention": attention,
+    "stem_train": stem_train,
+    "patch_norm": patch_norm,
     "depthwise_conv3x3": conv3x3,
     "depthwise_conv3x3_backward": conv3x3_backward,
     "depthwise_reduce": reduce,

@@ -16,9 +16,11 @@ from torch.utils.checkpoint import checkpoint
 from cmt_fast.models.config import STAGES, read_config
 from cmt_fast.models.grids import StageGrid, image_size, stage_grids
 from cmt_fast.modules import Block, PatchEmbed
+from cmt_fast.ops.activated_conv.api import activated_conv
 from cmt_fast.ops.attention.relative_pos import resize_relative_pos
-from cmt_fast.ops.autocast import autocast_dtype
-from cmt_fast.ops.checks import shape_of
+from cmt_fast.ops.autocast import autocast_dtype, product_dtype
+from cmt_fast.ops.checks import not_plain, shape_of
+from cmt_fast.ops.layout import nchw, nhwc
 
 
 class CMT(nn.Module):
@@ -246,17 +248,18 @@ class CMT(nn.Module):
 
     def forward_stem(self, x: Tensor) -> Tensor:
         """Three 3x3 convolutions, each followed by GELU and BatchNorm. (B, in_chans, H, W) -> (B, stem, H / 2, W / 2)."""
-        x = self.stem_norm1(self.stem_relu1(self.stem_conv1(x)))
-        x = self.stem_norm2(self.stem_relu2(self.stem_conv2(x)))
-        return self.stem_norm3(self.stem_relu3(self.stem_conv3(x)))
+        return self.stem_norm3(self.stem_relu3(self._stem_convolutions(x)))
 
-    def forward_stage(self, stage: str, x: Tensor, grid: StageGrid, own: StageGrid) -> Tensor:
-        """Patch embedding and blocks of one stage. (B, C, H, W) -> (B, C', H / 2, W / 2), channels_last in memory."""
+    def forward_stage(
+        self, stage: str, x: Tensor, grid: StageGrid, own: StageGrid, before: Sequence[nn.Module] = ()
+    ) -> Tensor:
+        """Patch embedding and blocks of one stage. (B, C, H, W) -> (B, C', H / 2, W / 2), channels_last in memory.
+
+        ``before``: activation and BatchNorm that x is to pass first, see :class:`cmt_fast.modules.PatchEmbed`.
+        """
         table = self._part("relative_pos", stage)
         bias = resize_relative_pos(table, *own, *grid)
-        x, (h, w) = self._part("patch_embed", stage)(x)
-        if self.low_residual:
-            x = x.to(autocast_dtype(x) or x.dtype)
+        x, (h, w) = self._embedded(stage, x, before)
         for block in self._part("blocks", stage):
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x = _checkpointed(block, x, h, w, bias)
@@ -266,9 +269,11 @@ class CMT(nn.Module):
 
     def _forward_stages(self, x: Tensor, count: int) -> Iterator[Tensor]:
         grids = self._check_input(x)
-        x = self.forward_stem(x)
+        x = self._stem_convolutions(x)
+        before: Sequence[nn.Module] = (self.stem_relu3, self.stem_norm3)
         for stage, grid, own in zip(self.stages[:count], grids, self._own_grids()):
-            x = self.forward_stage(stage, x, grid, own)
+            x = self.forward_stage(stage, x, grid, own, before)
+            before = ()
             yield x
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -348,6 +353,26 @@ class CMT(nn.Module):
 
     def _part(self, name: str, stage: str) -> Any:
         return getattr(self, f"{name}_{stage}")
+
+    def _stem_convolutions(self, x: Tensor) -> Tensor:
+        """What :meth:`forward_stem` does up to the third convolution."""
+        if x.is_cuda or x.is_meta:  # one copy for what the convolution wants there: NHWC, in autocast's dtype
+            dtype = x.dtype if not_plain("", self.stem_conv1, nn.Conv2d) else product_dtype(x)
+            x = x.to(dtype, memory_format=torch.channels_last)
+        x = nhwc(self.stem_conv1(x))
+        x = activated_conv(x, act=self.stem_relu1, bn=self.stem_norm1, conv=self.stem_conv2)
+        return nchw(activated_conv(x, act=self.stem_relu2, bn=self.stem_norm2, conv=self.stem_conv3))
+
+    def _embedded(self, stage: str, x: Tensor, before: Sequence[nn.Module]) -> tuple[Tensor, tuple[int, int]]:
+        """Tokens of a stage in the dtype of its residual stream, and their grid; what takes the place of a plain PatchEmbed gets x alone."""
+        embed = self._part("patch_embed", stage)
+        dtype = autocast_dtype(x) if self.low_residual else None
+        if not not_plain("", embed, PatchEmbed):
+            return embed(x, before=before, dtype=dtype)
+        for part in before:
+            x = part(x)
+        x, grid = embed(x)
+        return x if dtype is None else x.to(dtype), grid
 
     def _own_grids(self) -> list[StageGrid]:
         return stage_grids(self.img_size, self.sr_ratios)

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor, nn
+
+from cmt_fast.ops.activated_conv.api import activated_conv
+from cmt_fast.ops.layer_norm.api import layer_norm
+from cmt_fast.ops.layout import nhwc
 
 
 class PatchEmbed(nn.Module):
@@ -28,8 +35,18 @@ class PatchEmbed(nn.Module):
         """Tokens of the output at the model's own ``img_size``."""
         return self.grid_size[0] * self.grid_size[1]
 
-    def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """x (B, C, H, W) -> tokens (B, H' * W', embed_dim) and (H', W')."""
-        x = self.proj(x)
-        size = (x.shape[2], x.shape[3])
-        return self.norm(x.flatten(2).transpose(1, 2)), size
+    def forward(
+        self, x: Tensor, *, before: Sequence[nn.Module] = (), dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, tuple[int, int]]:
+        """x (B, C, H, W) -> tokens (B, H' * W', embed_dim) and (H', W').
+
+        Args:
+            before: activation and BatchNorm that x is to pass first; on the kernels their results are not kept for the backward pass.
+            dtype: of the tokens; None for the norm's own.
+        """
+        if before:
+            act, bn = before
+            x = activated_conv(nhwc(x), act=act, bn=bn, conv=self.proj)
+        else:
+            x = nhwc(self.proj(x))
+        return layer_norm(x.flatten(1, 2), self.norm, dtype), (x.shape[1], x.shape[2])

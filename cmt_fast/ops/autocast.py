@@ -20,3 +20,8 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which PyTorch would multiply ``x`` now: its own, or under autocast autocast's, which leaves float64 alone."""
     return x.dtype if x.dtype == torch.float64 else autocast_dtype(x) or x.dtype
+
+
+def norm_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that PyTorch's LayerNorm of ``x`` has now: float32 under a GPU's autocast, which a CPU's does not ask for."""
+    return torch.float32 if autocast_dtype(x) is not None and x.device.type != "cpu" else x.dtype

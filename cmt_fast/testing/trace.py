@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -26,6 +27,9 @@ from cmt_fast.models.cmt import CMT
 from cmt_fast.models.features import CMTFeatures
 from cmt_fast.ops._triton.launch import Launch, record_launches
 from cmt_fast.ops._triton.register import IMPLEMENTATIONS
+
+_CONVOLUTION = torch.ops.aten.convolution.default
+_CONVOLUTION_GRADIENTS = torch.ops.aten.convolution_backward.default
 
 
 @dataclass(frozen=True)
@@ -121,11 +125,14 @@ class Tracer(TorchDispatchMode):
         if result is not NotImplemented:
             return result
         result = func(*args, **kwargs)
+        if func is _CONVOLUTION and _by_cudnn_in_nhwc(*args):
+            result = torch.empty_like(result, memory_format=torch.channels_last)
         inputs, outputs = _tensors((args, kwargs)), _tensors(result)
         changed = _changed(func, args, kwargs)
         written = changed + [t for t in outputs if not _is_view(t, inputs)]
         if written and "empty" not in name:
             overwrites = name.startswith(("copy_", "fill_", "zero_")) or name.endswith(("out", "_out"))
+            inputs = _convolution_operands(args) if func is _CONVOLUTION_GRADIENTS else inputs
             read = [t for t in inputs if not (overwrites and any(t is other for other in changed))]
             count = flop_registry.get(func.overloadpacket)
             self._add(
@@ -173,6 +180,18 @@ def _changed(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Ten
     values = {parameter.name: value for parameter, value in zip(parameters, args)} | kwargs
     writes = [p.name for p in parameters if p.alias_info is not None and p.alias_info.is_write]
     return [values[name] for name in writes if isinstance(values.get(name), Tensor)]
+
+
+def _by_cudnn_in_nhwc(x: Tensor, weight: Tensor, *rest: Any) -> bool:
+    """Whether a convolution's result is NHWC in memory on a GPU, which a tensor without memory does not tell; a depthwise one's is not."""
+    groups = rest[-1]
+    return groups == 1 and suggest_memory_format(x) is torch.channels_last
+
+
+def _convolution_operands(args: Sequence[Any]) -> list[Tensor]:
+    """What ``convolution_backward`` reads: the weight for the map's gradient, and the map for the weight's."""
+    grad, x, weight, *_, (needs_x, needs_weight, _) = args
+    return [grad, *([weight] if needs_x else []), *([x] if needs_weight else [])]
 
 
 def _is_view(x: Tensor, others: Sequence[Tensor]) -> bool:

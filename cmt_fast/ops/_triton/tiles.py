@@ -28,3 +28,17 @@ def store_tile(matrix, tile, stride, rows, columns):
     """
     i, j = tl.arange(0, tile.shape[0])[:, None], tl.arange(0, tile.shape[1])[None, :]
     tl.store(matrix + i.to(tl.int64) * stride + j, tile.to(matrix.dtype.element_ty), (i < rows) & (j < columns))
+
+
+@triton.jit
+def map_tile(rows, C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The tile of this program of a map (rows, C), on a grid of one axis that goes through the channels first.
+
+    Returns:
+        Which tile of rows it is; rows (BLOCK_N, 1), channels (BLOCK_C,); 64-bit offsets into the map, and which elements are inside of it.
+    """
+    tiles = tl.cdiv(C, BLOCK_C)
+    program = tl.program_id(0) // tiles
+    row = program * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    c = tl.program_id(0) % tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+    return program, row, c, row.to(tl.int64) * C + c[None, :], (row < rows) & (c < C)[None, :]

@@ -62,16 +62,17 @@ def batch_norm_plan(bn: nn.modules.batchnorm._BatchNorm, size: Sequence[int]) ->
 
 
 def statistics(
-    plan: BatchNormPlan, partials: Tensor, counts: Tensor, weight: Tensor | None, bias: Tensor | None
+    plan: BatchNormPlan, partials: Tensor | None, counts: Tensor | None, weight: Tensor | None, bias: Tensor | None
 ) -> Tensor:
     """The statistics (6, C) float32 that ``plan`` asks for (``schema.py`` names the rows).
 
     Args:
-        partials, counts: the moments of a kernel's tiles, (P, 2, C) and (P,) float32; not read where running statistics serve.
+        partials, counts: the moments of a kernel's tiles, (P, 2, C) and (P,) float32; not read, and may be None, where running statistics serve.
         weight, bias: BatchNorm's, (C,) or None.
     """
     if plan.mean is not None and plan.variance is not None:
         return _frozen(plan.mean, plan.variance, weight, bias, plan.eps)
+    assert partials is not None and counts is not None
     if plan.group is not None:
         partials, counts = _gathered(plan.group, *merge_moments_triton(partials, counts))
     return batch_norm_statistics_triton(partials, counts, weight, bias, plan.eps)

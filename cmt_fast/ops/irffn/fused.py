@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cmt_fast.ops._triton.reasons import DTYPES, call_reasons
-from cmt_fast.ops.autocast import autocast_dtype, product_dtype
+from cmt_fast.ops._triton.reasons import call_reasons
+from cmt_fast.ops.autocast import product_dtype
 from cmt_fast.ops.batch_norm.training import batch_norm_plan, batch_norm_reasons, update_running
 from cmt_fast.ops.checks import PLAIN_POINTWISE, not_plain
 from cmt_fast.ops.irffn.autograd import IRFFNFunction, Options
 from cmt_fast.ops.irffn.train_configs import tile_reasons
-from cmt_fast.ops.parts import Part, drop_path_factors, drop_path_reasons, dropout_reasons
+from cmt_fast.ops.parts import (
+    Part,
+    drop_path_factors,
+    drop_path_reasons,
+    dropout_reasons,
+    dtype_reasons,
+    gelu_reasons,
+)
 
 
 def irffn_reasons(
@@ -37,7 +41,7 @@ def irffn_reasons(
     c = x.shape[3]
     reasons = not_plain("expand", expand, *PLAIN_POINTWISE) + not_plain("project", project, *PLAIN_POINTWISE)
     reasons += not_plain("dw", dw, nn.Conv2d) + not_plain("norm", norm, nn.LayerNorm)
-    reasons += _activation_reasons("act1", act1) + _activation_reasons("act2", act2)
+    reasons += gelu_reasons("act1", act1) + gelu_reasons("act2", act2)
     reasons += dropout_reasons("drop", drop) + drop_path_reasons(drop_path)
     if norm is None:
         reasons.append("norm is None, and the kernels begin with a LayerNorm")
@@ -59,7 +63,9 @@ def irffn_reasons(
     norms = [p for part in (norm, bn1, bn2, bn3) for p in part.parameters()]
     weights = [p for part in (expand, dw, project) for p in part.parameters()]
     return (
-        reasons + call_reasons(x, *norms, *weights, gradients=True, autocast=True) + _dtype_reasons(x, weights, norms)
+        reasons
+        + call_reasons(x, *norms, *weights, gradients=True, autocast=True)
+        + dtype_reasons(x, weights=weights, norms=norms)
     )
 
 
@@ -105,14 +111,6 @@ def irffn_fused(
     return out
 
 
-def _activation_reasons(name: str, part: Part) -> list[str]:
-    if part is F.gelu:
-        return []
-    if isinstance(part, nn.GELU) and not not_plain(name, part, nn.GELU) and part.approximate == "none":
-        return []
-    return [f"{name} must be the exact GELU, F.gelu or a plain nn.GELU, got {part!r}"]
-
-
 def _conv_reasons(name: str, conv: nn.Conv2d, inputs: int, outputs: int, size: int, groups: int) -> list[str]:
     """Whether ``conv`` is a convolution of these sizes that keeps the size of a map; its bias may be missing."""
     wanted = ((outputs, inputs // groups, size, size), (1, 1), (size // 2, size // 2), (1, 1), "zeros")
@@ -120,18 +118,3 @@ def _conv_reasons(name: str, conv: nn.Conv2d, inputs: int, outputs: int, size: i
         return []
     arguments = f"{inputs}, {outputs}, {size}, padding={size // 2}, groups={groups}"
     return [f"{name} must be Conv2d({arguments}), got {conv}"]
-
-
-def _dtype_reasons(x: Tensor, weights: Sequence[Tensor], norms: Sequence[Tensor]) -> list[str]:
-    """Dtypes as PyTorch's own operations take them: BatchNorm and LayerNorm may be float32 beside 16-bit maps."""
-    low = product_dtype(x)
-    mixed = autocast_dtype(x) is not None
-    known = {torch.float32, low} if mixed else {x.dtype}
-    dtypes = {x.dtype, *(p.dtype for p in weights)}
-    if low in DTYPES and dtypes <= known and {p.dtype for p in norms} <= known | {torch.float32}:
-        return []
-    names = ", ".join(sorted({str(t.dtype) for t in (x, *weights, *norms)}))
-    return [
-        "x and the parameters must have one dtype (norms may be float32), or under autocast float32 or autocast's, "
-        f"got {names}"
-    ]

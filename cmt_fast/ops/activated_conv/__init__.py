@@ -1,0 +1,1 @@
+"""GELU, BatchNorm and the convolution after them: what lies between two convolutions of the stem."""

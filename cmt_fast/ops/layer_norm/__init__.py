@@ -1,0 +1,1 @@
+"""LayerNorm in the dtype of the residual stream."""
