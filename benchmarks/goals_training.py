@@ -1,6 +1,6 @@
 """Training CMT-S on a GPU beside its goals: time and memory of a step, bits that repeat, and the loss curve; ``benchmarks.goals`` runs it.
 
-Everything runs under autocast in bfloat16 with the residual stream as it is set by default. A step is forward and backward; the runs add SGD.
+Everything runs under autocast in bfloat16 with the residual stream in 16 bits, the default; the original's order has its own in float32. A step is forward and backward; the runs add SGD.
 """
 
 from __future__ import annotations

@@ -31,13 +31,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model, p = make_model(options.variant, size, precision("float32")), precision(options.dtype)
     facts = dict(mode=options.mode, variant=options.variant, img_size=size, batch=options.batch, dtype=options.dtype)
     if options.mode == "training":
-        model.set_low_residual(options.low_residual)
+        model.set_low_residual(not options.full_residual)
         for stage in options.recompute:
             for block in model.get_submodule(f"blocks_{stage}"):
                 block.mlp.recompute = True
         traced = trace_training(model, options.batch, p)
         kernels = traced.kernels
-        facts |= dict(low_residual=options.low_residual, recompute=options.recompute, saved=traced.saved)
+        facts |= dict(low_residual=model.low_residual, recompute=options.recompute, saved=traced.saved)
         facts |= dict(saved_by_original=trace_training(model, options.batch, p, original=True).saved)
     else:
         kernels = trace(model, options.batch, p.low)
@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--mode", choices=MODES, default="inference")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="a packed model has autocast's own")
-    parser.add_argument("--low-residual", action="store_true", help="in training: CMT.set_low_residual")
+    parser.add_argument("--full-residual", action="store_true", help="in training: CMT.set_low_residual(False)")
     parser.add_argument("--recompute", default="", metavar="STAGES", help="in training: of the IRFFNs, such as ab")
     parser.add_argument("--img-size", type=int, help="by default the published one")
     parser.add_argument("--sums", action="store_true", help="no line for each kernel")

@@ -172,8 +172,8 @@ def train(
     residual: Annotated[
         str | None,
         typer.Option(
-            help="Under autocast the residual stream of the blocks: full (float32) or low (16 bits: less memory, see docs/training.md). "
-            "\\[default: full]",
+            help="Under autocast the residual stream of the blocks: low (16 bits: less memory, see docs/training.md) or full (float32, as the "
+            "original's). \\[default: low]",
             rich_help_panel=MACHINE,
         ),
     ] = None,

@@ -105,7 +105,7 @@ class CMT(nn.Module):
         self.global_pool = global_pool
         self.decay_relative_pos = decay_relative_pos
         self.grad_checkpointing = False
-        self.low_residual = False
+        self.low_residual = True
         self.stages: tuple[str, ...] = STAGES
         self.feature_info = [
             dict(num_chs=dim, reduction=4 * 2**i, module=f"blocks_{stage}")
@@ -210,11 +210,11 @@ class CMT(nn.Module):
         self.grad_checkpointing = enable
 
     def set_low_residual(self, enable: bool = True) -> None:
-        """Under autocast, keep the residual stream of the blocks in autocast's 16 bits; without autocast this does nothing.
+        """Under autocast, keep the residual stream of the blocks in autocast's 16 bits, the default; without autocast this does nothing.
 
-        The original's stream is float32 there, because LayerNorm returns float32: every block reads and writes twice the bytes, and keeps
-        them for the backward pass. In 16 bits each of the three sums of a block is rounded; norms, statistics and sums inside of the
-        operations stay float32.
+        The original's stream is float32 there, because LayerNorm returns float32: with ``False`` every block reads and writes twice the
+        bytes, and keeps them for the backward pass. In 16 bits each of the three sums of a block is rounded; norms, statistics and sums
+        inside of the operations stay float32. What it costs in accuracy: docs/training.md.
         """
         self.low_residual = enable
 

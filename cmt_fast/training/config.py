@@ -50,7 +50,7 @@ class TrainConfig:
         ema: keep a moving average of the weights, evaluate it and save it as the best model.
         ema_decay: its decay, reached by a warm-up.
         amp: ``off``, ``bf16``, ``fp16``, or ``auto``: bf16 on GPUs that have it, fp16 on others, off on a CPU.
-        residual: under autocast the blocks' residual stream in float32 (``full``) or in autocast's 16 bits (``low``).
+        residual: under autocast the blocks' residual stream in autocast's 16 bits (``low``) or, as the original's, in float32 (``full``).
         channels_last: NHWC memory for the images.
         workers: processes that read images; 0 reads them in the main one.
         seed: of the weights, the order of the images and every augmentation.
@@ -82,7 +82,7 @@ class TrainConfig:
     ema: bool = False
     ema_decay: float = 0.9998
     amp: str = "auto"
-    residual: str = "full"
+    residual: str = "low"
     channels_last: bool = False
     workers: int = 0
     seed: int = 0

@@ -122,7 +122,7 @@ def test_autocast(model, x, dtype):
 
 
 def test_residual_stream_under_autocast(model, x):
-    """Float32 as the original's, or, where it is asked for, in autocast's dtype, gradients included; without autocast there is no difference."""
+    """In autocast's dtype, or, where it is asked for, float32 as the original's, gradients included; without autocast there is no difference."""
 
     def dtypes(model):
         found = {m: [] for m in ("map", "gradient")}
@@ -141,12 +141,12 @@ def test_residual_stream_under_autocast(model, x):
         return {name: set(of) for name, of in found.items()}
 
     plain = model(x)
-    assert dtypes(model) == {"map": {torch.float32}, "gradient": {torch.float32}}
-    model.set_low_residual()
     assert dtypes(model) == {"map": {torch.bfloat16}, "gradient": {torch.bfloat16}}
-    assert torch.equal(model(x), plain)
     model.set_low_residual(False)
-    assert dtypes(model)["map"] == {torch.float32}
+    assert dtypes(model) == {"map": {torch.float32}, "gradient": {torch.float32}}
+    assert torch.equal(model(x), plain)
+    model.set_low_residual()
+    assert dtypes(model)["map"] == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("low", [False, True])

@@ -146,7 +146,7 @@ def test_the_command(monkeypatch, tmp_path, capsys):
     command = importlib.import_module("benchmarks.trace")
     path = tmp_path / "trace.json"
     options = ["--mode", "training", "--variant", "cmt_ti", "--img-size", "64", "--batch", "2"]
-    options += ["--dtype", "autocast-bfloat16", "--low-residual", "--recompute", "ab", "--sums", "--json", str(path)]
+    options += ["--dtype", "autocast-bfloat16", "--recompute", "ab", "--sums", "--json", str(path)]
     assert command.main(options) == 0
     printed, data = capsys.readouterr().out, json.loads(path.read_text())
     assert "kept for the backward pass: " in printed and "irffn_dw_gradient" in printed
