@@ -45,8 +45,7 @@ def irffn_train(shape: StageShape, dtype: torch.dtype, limits: DeviceLimits) -> 
         sums[0],
         train.project_input_launch(x, w2, h, wide, sums_wide, h),
         train.dw_gradient_launch(h, h, wide, taps, h),
-        train.expand_input_launch(h, h, wide, sums_wide, w1, x),
-        train.layer_norm_gradient_launch(x, x, x, x, moments, 1e-6),
+        *train.expand_input_launches(h, h, wide, sums_wide, w1, x, x, x, moments, 1e-6),
         weights[1],
         sums[1],
     ]

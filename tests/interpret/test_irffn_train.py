@@ -72,8 +72,8 @@ def few_programs(monkeypatch):
 
 def forget() -> None:
     """What tiles were chosen."""
-    for config in (train_configs.product_config, train_configs.weight_config, train_configs.strip_config):
-        config.cache_clear()
+    for name in ("product_config", "expand_input_config", "weight_config", "strip_config"):
+        getattr(train_configs, name).cache_clear()
 
 
 def draw(generator: torch.Generator, low: int, high: int) -> int:
@@ -98,8 +98,9 @@ def check(case: Case, dtype: str, training: bool) -> None:
 @pytest.mark.parametrize("part", range(10))
 def test_random_shapes(part, monkeypatch):
     generator = torch.Generator().manual_seed(part)
-    for _ in range(10):
+    for i in range(10):
         monkeypatch.setattr(train_configs, "PROGRAMS", (1, 1, 8)[draw(generator, 0, 2)])
+        monkeypatch.setattr(triton_train_launch, "WHOLE_ROW", (8, 256)[i % 2])
         forget()
         height, width = draw(generator, 1, 4), draw(generator, 1, 5)
         batch = -(-16 // (height * width)) + draw(generator, 0, 1)
@@ -125,6 +126,14 @@ def test_random_shapes(part, monkeypatch):
 )
 def test_widths_and_edges(shape, hidden, dtype):
     check(case(*shape, hidden=hidden), dtype, training=True)
+
+
+@pytest.mark.parametrize(
+    ("dim", "dtype"), [(256, "float32"), (256, "float16"), (257, "float32"), (260, "autocast-float16")]
+)
+def test_whole_rows_and_wider_ones(dim, dtype):
+    """LayerNorm's gradient in the product's kernel, and behind it."""
+    check(case(2, 3, 4, dim, hidden=21), dtype, training=True)
 
 
 def test_three_values_a_channel():
@@ -503,11 +512,18 @@ MUTATIONS = {
     "norm's bias not in the weight's gradient": ("+ bias[:, None] * shift[None, :]", ""),
     "rows that are not there": ("dh = tl.where((row < rows)[:, None], dh, 0.0)", "dh = dh"),
     "LayerNorm's means lost": ("tl.sum(wide, 1) / C, row < rows", "0.0 * tl.sum(wide, 1), row < rows"),
+    "LayerNorm's gradient forgotten": ("normal_rows_gradient(dz, normal, rstd, C)", "dz * rstd[:, None]"),
+    "the first columns' product everywhere": ("store_tile(dz + first * C + c,", "store_tile(dz + first * C,"),
     "no gradient passes by": ("out += tl.load(shortcut", "out += 0.0 * tl.load(shortcut"),
     "one process's share of the products": ("part += OUT * IN", "part += 0"),
 }  # fmt: skip
 
-PROBES = ((case(2, 3, 3, 5, hidden=6, drop_path=Factors()), 2), (case(3, 18, 1, 3, hidden=4), 64))
+#: The case, programs to fill, and how many channels are a whole row of one tile.
+PROBES = (
+    (case(2, 3, 3, 5, hidden=6, drop_path=Factors()), 2, 256),
+    (case(3, 18, 1, 3, hidden=4), 64, 256),
+    (case(1, 3, 4, 37, hidden=5), 2, 16),
+)
 
 
 @functools.cache
@@ -520,8 +536,9 @@ def failures(monkeypatch, tmp_path, old: str, new: str) -> list[str]:
     (kernels,) = mutate(monkeypatch, tmp_path, [triton_train_kernels], old, new)
     for name in [name for name in vars(triton_train_launch) if name.endswith("_kernel")]:
         monkeypatch.setattr(triton_train_launch, name, getattr(kernels, name))
-    for probe, (case_, programs) in enumerate(PROBES):
+    for probe, (case_, programs, whole_row) in enumerate(PROBES):
         monkeypatch.setattr(train_configs, "PROGRAMS", programs)
+        monkeypatch.setattr(triton_train_launch, "WHOLE_ROW", whole_row)
         forget()
         found = compared(case_, "float32", True, expected_of_probe(probe))
         if wrong := [str(result) for result in found if not result.passed]:

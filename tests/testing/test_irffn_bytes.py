@@ -37,6 +37,24 @@ def test_a_step_of_cmt_s_moves_what_the_plan_says(monkeypatch):
     assert moved <= 1.1 * plan, (moved, plan)
 
 
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton, not installed here")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_gradient_of_layer_norm_passes_over_no_map_of_its_own(variant, monkeypatch):
+    """Where a tile has whole rows the kernel of the expansion's gradient reads two hidden maps, x and what passes by, and writes one map."""
+    monkeypatch.syspath_prepend(ROOT)
+    launches = importlib.import_module("benchmarks.irffn_launches").irffn_train
+    for shape in stage_shapes(variant, 256):
+        made = {launch.kernel.__name__: launch for launch in launches(shape, torch.bfloat16, ARCHITECTURES[90])}
+        apart = {"normal_gradient_kernel", "layer_norm_gradient_kernel"}
+        if shape.dim > 256:
+            assert apart < made.keys() and "expand_input_kernel" not in made
+            continue
+        assert not apart & made.keys()
+        launch = made["expand_input_kernel"]
+        maps = 2 * shape.batch * shape.queries * (2 * shape.hidden + 3 * shape.dim)
+        assert maps < launch.reads + launch.writes < 1.02 * maps
+
+
 def test_kept_beside_what_plain_pytorch_keeps():
     """In maps of C channels: plain PyTorch keeps 27 under autocast on a 16-bit stream, the kernels 10 (x, h, u and y), or 6 without h:
     ``test_kept_for_the_backward_pass`` of ``tests/interpret/test_irffn_train.py``."""

@@ -74,9 +74,9 @@ def test_kept_beside_the_original(original, dtype, low_residual, recompute, rati
 
 
 def test_bytes_beside_the_plan(fused, original):
-    """1.14 times the plan. BatchNorm 3 and LayerNorm's gradient are passes of their own, where the plan has them in the kernels beside; the stem's
+    """1.12 times the plan. BatchNorm 3 and its gradient are passes of their own, where the plan has them in the kernels beside; the stem's
     BatchNorms too, as its convolutions are PyTorch's."""
-    assert PLAN_GB <= gigabytes(fused) <= 1.145 * PLAN_GB
+    assert PLAN_GB <= gigabytes(fused) <= 1.125 * PLAN_GB
     assert gigabytes(traced("autocast-bfloat16", low_residual=True)) <= 1.15 * PLAN_GB
     assert gigabytes(traced("autocast-bfloat16")) <= 1.4 * PLAN_GB
     assert gigabytes(original) > 300

@@ -10,7 +10,7 @@ import torch
 
 from cmt_fast.ops._triton.products import is_exact
 from cmt_fast.ops._triton.strips import map_reasons
-from cmt_fast.ops._triton.tiling import block, power_of_two
+from cmt_fast.ops._triton.tiling import LEAST_BLOCK, block, power_of_two
 
 #: Programs that fill every GPU: grids of fewer get smaller tiles, and sums over the pixels are cut for so many.
 PROGRAMS = 132
@@ -18,8 +18,8 @@ PROGRAMS = 132
 #: Largest tiles, rows and outputs: the expansion normalises its rows anew for each tile of outputs, so it wants many of these; the gradient
 #: of the projection's input reads a tile of u besides.
 EXPAND_TILE, PROJECT_INPUT_TILE = (64, 256), (64, 128)
-#: Bytes of a row of the hidden map and of its gradient, which make the expansion's operand: of more the registers spill on sm_80.
-EXPAND_INPUT_CHUNK = 64
+#: Channels of x up to which a tile of the expansion's gradient holds whole rows, so that LayerNorm's gradient follows in the same program.
+WHOLE_ROW = 256
 
 #: Channels of x that a program of LayerNorm's gradient holds.
 MAX_CHANNELS = 8192
@@ -63,7 +63,6 @@ def product_config(
     itemsize: int,
     exact: bool,
     most: tuple[int, int] = (128, 128),
-    chunk: int = 128,
 ) -> ProductConfig:
     """For a product (rows, inputs) by (inputs, outputs).
 
@@ -71,7 +70,6 @@ def product_config(
         itemsize: bytes of an element of the operands.
         exact: products are float32 without TF32. Ordinary instructions make them, and want smaller tiles.
         most: rows and outputs of the largest tile whose registers do not spill.
-        chunk: bytes of the inputs that a turn of the loop takes.
     """
     most_n, most_out = (64, 64) if exact else most
     block_n, block_out = min(most_n, block(rows)), min(most_out, block(outputs))
@@ -81,7 +79,20 @@ def product_config(
         else:
             block_out //= 2
     num_warps = 8 if block_n * block_out > 2048 else 4
-    return ProductConfig(block_n, min(block(inputs), chunk // itemsize), block_out, num_warps, num_stages=2)
+    return ProductConfig(block_n, min(block(inputs), 128 // itemsize), block_out, num_warps, num_stages=2)
+
+
+@lru_cache(maxsize=1024)
+def expand_input_config(rows: int, inputs: int, outputs: int, itemsize: int, exact: bool) -> ProductConfig:
+    """For the gradient of the expansion's input, of no more than ``WHOLE_ROW`` outputs: a tile has them all."""
+    block_out = block(outputs)
+    # Elements of the largest tile beside which x has room: more of them spill.
+    elements = (4096 if exact else 8192) if itemsize == 4 else 64 * WHOLE_ROW
+    block_n = min(64, elements // block_out, block(rows))
+    while -(-rows // block_n) < PROGRAMS and block_n > LEAST_BLOCK:
+        block_n //= 2
+    num_warps = 8 if block_n * block_out > 4096 else 4
+    return ProductConfig(block_n, min(block(inputs), 128 // itemsize), block_out, num_warps, num_stages=2)
 
 
 @lru_cache(maxsize=1024)

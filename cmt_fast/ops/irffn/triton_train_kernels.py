@@ -1,4 +1,4 @@
-"""The inverted residual feed-forward network in training on a GPU: forward in four kernels, backward in nine.
+"""The inverted residual feed-forward network in training on a GPU: forward in four kernels, backward in eight.
 
 No BatchNorm passes over memory: moments are made where a map is made, and the map is normalised where it is read (``_triton/batch_norm.py``). Maps
 in memory are h and u, before their GELU, and y. Names and formulas: docs/math.md, section 8; ``tests/ops/test_irffn_formulas.py`` has the
@@ -35,7 +35,7 @@ from cmt_fast.ops._triton.sliding import (
     slide,
     store_sums,
 )
-from cmt_fast.ops._triton.tiles import load_tile
+from cmt_fast.ops._triton.tiles import load_tile, store_tile
 
 # ---- forward -----------------------------------------------------------------------------------------------------------------
 
@@ -459,6 +459,39 @@ def expand_input_kernel(
     n1,
     s1,
     weight,
+    x,
+    shortcut,
+    dx,
+    moments,
+    rows,
+    eps,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    EXACT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dx = LayerNorm'(dz) + shortcut, dz = (GELU'(h) BN1'(dt)) weight: in one program, which holds whole rows.
+
+    Args:
+        weight: (R, C), LayerNorm's in it.
+        x, shortcut, dx, moments: of ``layer_norm_gradient_kernel``.
+        BLOCK_C: at least C.
+    """
+    first = tl.program_id(0).to(tl.int64) * BLOCK_N
+    dz = _normal_gradient(dt, h, n1, s1, weight, first, 0, rows, C, R, EXACT, BLOCK_N, BLOCK_R, BLOCK_C, PRECISION)
+    _store_input_gradient(dz, x, shortcut, dx, moments, first, rows, eps, C)
+
+
+@triton.jit
+def normal_gradient_kernel(
+    dt,
+    h,
+    n1,
+    s1,
+    weight,
     dz,
     rows,
     C: tl.constexpr,
@@ -469,19 +502,12 @@ def expand_input_kernel(
     BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dz = (GELU'(h) BN1'(dt)) weight, (rows, C). weight: (R, C), LayerNorm's in it."""
+    """dz = (GELU'(h) BN1'(dt)) weight, (rows, C), where no tile holds C channels. weight: (R, C), LayerNorm's in it."""
     tiles = tl.cdiv(C, BLOCK_C)
     first = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_N
-    column = tl.program_id(0) % tiles * BLOCK_C
-    total = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
-    for start in range(0, R, BLOCK_R):
-        grad = load_tile(dt, R, first, rows, start, R, BLOCK_N, BLOCK_R).to(tl.float32)
-        wide = load_tile(h, R, first, rows, start, R, BLOCK_N, BLOCK_R).to(tl.float32)
-        dh = _hidden_gradient(grad, wide, n1, s1, start + tl.arange(0, BLOCK_R), R, EXACT)
-        weights = load_tile(weight, C, start, R, column, C, BLOCK_R, BLOCK_C)
-        total = tl.dot(dh.to(weights.dtype), weights, total, input_precision=PRECISION)
-    row, c = first + tl.arange(0, BLOCK_N)[:, None], column + tl.arange(0, BLOCK_C)[None, :]
-    tl.store(dz + row * C + c, total.to(dz.dtype.element_ty), (row < rows) & (c < C))
+    c = tl.program_id(0) % tiles * BLOCK_C
+    tile = _normal_gradient(dt, h, n1, s1, weight, first, c, rows, C, R, EXACT, BLOCK_N, BLOCK_R, BLOCK_C, PRECISION)
+    store_tile(dz + first * C + c, tile, C, rows - first, C - c)
 
 
 @triton.jit
@@ -500,21 +526,12 @@ def layer_norm_gradient_kernel(
     """dx = LayerNorm'(dz) + shortcut, LayerNorm being without its affine; a program holds whole rows.
 
     Args:
-        dz, dx: (rows, C). shortcut: (rows, C), the gradient that passes by, or None.
+        x, dz, dx: (rows, C). shortcut: (rows, C), the gradient that passes by, or None.
         moments: (rows, 2), mean and 1 / sigma of each row of x.
     """
     first = tl.program_id(0).to(tl.int64) * BLOCK_N
-    c = tl.arange(0, BLOCK_C)[None, :]
-    wide = load_tile(x, C, first, rows, 0, C, BLOCK_N, BLOCK_C).to(tl.float32)
-    normal, rstd = normal_rows_and_rstd(wide, c < C, C, eps, C < BLOCK_C)
-    out = normal_rows_gradient(load_tile(dz, C, first, rows, 0, C, BLOCK_N, BLOCK_C).to(tl.float32), normal, rstd, C)
-    row = first + tl.arange(0, BLOCK_N)
-    offset, inside = row[:, None] * C + c, (row < rows)[:, None] & (c < C)
-    if shortcut is not None:
-        out += tl.load(shortcut + offset, inside, 0.0).to(tl.float32)
-    tl.store(dx + offset, out.to(dx.dtype.element_ty), inside)
-    tl.store(moments + 2 * row, tl.sum(wide, 1) / C, row < rows)
-    tl.store(moments + 2 * row + 1, rstd, row < rows)
+    tile = load_tile(dz, C, first, rows, 0, C, BLOCK_N, BLOCK_C).to(tl.float32)
+    _store_input_gradient(tile, x, shortcut, dx, moments, first, rows, eps, C)
 
 
 @triton.jit
@@ -540,7 +557,7 @@ def expand_weight_kernel(
     """A program's part of dh^T x_hat and of the sum of dh = GELU'(h) BN1'(dt), over STEPS tiles of BLOCK_N rows.
 
     Args:
-        moments: (rows, 2), of ``layer_norm_gradient_kernel``.
+        moments: (rows, 2), of ``expand_input_kernel``.
         products: (programs, R, C); biases: (programs, R).
     """
     tiles_c, tiles = tl.cdiv(C, BLOCK_C), tl.cdiv(C, BLOCK_C) * tl.cdiv(R, BLOCK_R)
@@ -687,6 +704,54 @@ def _hidden_gradient(grad, x, statistics, sums, c, C: tl.constexpr, EXACT: tl.co
     """GELU'(x) BatchNorm'(grad): the gradient of x, of which BatchNorm(GELU(x)) was made."""
     value, slope = gelu_and_derivative(x, EXACT)
     return slope * batch_norm_gradient(grad, value, statistics, sums, c, C)
+
+
+@triton.jit
+def _normal_gradient(
+    dt,
+    h,
+    n1,
+    s1,
+    weight,
+    first,
+    column,
+    rows,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    EXACT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The tile (BLOCK_N, BLOCK_C) of (GELU'(h) BN1'(dt)) weight that starts at (first, column): float32, 0 in columns from C on."""
+    total = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+    for start in range(0, R, BLOCK_R):
+        grad = load_tile(dt, R, first, rows, start, R, BLOCK_N, BLOCK_R).to(tl.float32)
+        wide = load_tile(h, R, first, rows, start, R, BLOCK_N, BLOCK_R).to(tl.float32)
+        r = start + tl.arange(0, BLOCK_R)
+        # Beyond R the weights are 0 as well. But what depends on an index the compiler makes once, and warps share it; else it would move
+        # the arithmetic behind the exchange, and all warps of a row, which have other columns of dz, would do the same.
+        dh = tl.where((r < R)[None, :], _hidden_gradient(grad, wide, n1, s1, r, R, EXACT), 0.0)
+        weights = load_tile(weight, C, start, R, column, C, BLOCK_R, BLOCK_C)
+        total = tl.dot(dh.to(weights.dtype), weights, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def _store_input_gradient(dz, x, shortcut, dx, moments, first, rows, eps, C: tl.constexpr):
+    """dx and moments of ``layer_norm_gradient_kernel``, given a tile dz float32 of whole rows from ``first`` on, 0 in columns from C on."""
+    c = tl.arange(0, dz.shape[1])[None, :]
+    wide = load_tile(x, C, first, rows, 0, C, dz.shape[0], dz.shape[1]).to(tl.float32)
+    normal, rstd = normal_rows_and_rstd(wide, c < C, C, eps, dz.shape[1] > C)
+    out = normal_rows_gradient(dz, normal, rstd, C)
+    row = first + tl.arange(0, dz.shape[0])
+    offset, inside = row[:, None] * C + c, (row < rows)[:, None] & (c < C)
+    if shortcut is not None:
+        out += tl.load(shortcut + offset, inside, 0.0).to(tl.float32)
+    tl.store(dx + offset, out.to(dx.dtype.element_ty), inside)
+    tl.store(moments + 2 * row, tl.sum(wide, 1) / C, row < rows)
+    tl.store(moments + 2 * row + 1, rstd, row < rows)
 
 
 @triton.jit

@@ -17,12 +17,13 @@ from cmt_fast.ops._triton.products import is_exact, precision_of
 from cmt_fast.ops._triton.statistics import add_partials
 from cmt_fast.ops._triton.tiling import block
 from cmt_fast.ops.irffn.train_configs import (
-    EXPAND_INPUT_CHUNK,
     EXPAND_TILE,
     PROJECT_INPUT_TILE,
+    WHOLE_ROW,
     ProductConfig,
     StripConfig,
     element_blocks,
+    expand_input_config,
     product_config,
     row_block,
     strip_config,
@@ -36,6 +37,7 @@ from cmt_fast.ops.irffn.triton_train_kernels import (
     expand_kernel,
     expand_weight_kernel,
     layer_norm_gradient_kernel,
+    normal_gradient_kernel,
     output_gradient_kernel,
     output_kernel,
     output_sums_kernel,
@@ -194,10 +196,9 @@ def expand_input(
     """The gradient of x, shortcut being that which passes by, and the moments (rows, 2) of LayerNorm."""
     dt, h, weight, x = dt.contiguous(), h.contiguous(), weight.contiguous(), x.contiguous()
     shortcut = None if shortcut is None else shortcut.contiguous()
-    dz = torch.empty_like(x, dtype=weight.dtype)
-    expand_input_launch(dt, h, n1, s1, weight, dz).run()
     dx, moments = torch.empty_like(x), x.new_empty(x.numel() // x.shape[3], 2, dtype=torch.float32)
-    layer_norm_gradient_launch(dz, x, shortcut, dx, moments, eps).run()
+    for launch in expand_input_launches(dt, h, n1, s1, weight, x, shortcut, dx, moments, eps):
+        launch.run()
     return dx, moments
 
 
@@ -276,25 +277,67 @@ def dw_gradient_launch(du: Tensor, h: Tensor, n1: Tensor, weight: Tensor, dt: Te
     )
 
 
-def expand_input_launch(dt: Tensor, h: Tensor, n1: Tensor, s1: Tensor, weight: Tensor, dz: Tensor) -> Launch:
+def expand_input_launches(
+    dt: Tensor,
+    h: Tensor,
+    n1: Tensor,
+    s1: Tensor,
+    weight: Tensor,
+    x: Tensor,
+    shortcut: Tensor | None,
+    dx: Tensor,
+    moments: Tensor,
+    eps: float,
+) -> list[Launch]:
+    """One kernel where a tile of the product holds whole rows of x, else the product and LayerNorm's gradient apart."""
+    hidden = dict(dt=dt, h=h, n1=n1, s1=s1, weight=weight)
+    if x.shape[3] <= WHOLE_ROW:
+        return [_expand_input_launch(hidden, x, shortcut, dx, moments, eps)]
+    dz = torch.empty_like(x, dtype=weight.dtype)
+    return [_normal_gradient_launch(hidden, dz), _layer_norm_gradient_launch(dz, x, shortcut, dx, moments, eps)]
+
+
+def _expand_input_launch(
+    hidden: Mapping[str, Tensor], x: Tensor, shortcut: Tensor | None, dx: Tensor, moments: Tensor, eps: float
+) -> Launch:
+    weight = hidden["weight"]
     r, c = weight.shape
-    rows = h.numel() // r
-    config = product_config(rows, r, c, weight.element_size(), is_exact(weight.dtype), chunk=EXPAND_INPUT_CHUNK)
+    rows = len(moments)
+    config = expand_input_config(rows, r, c, weight.element_size(), is_exact(weight.dtype))
     return _launch(
         expand_input_kernel,
-        -(-rows // config.block_n) * -(-c // config.block_out),
-        reads=dict(dt=dt, h=h, n1=n1, s1=s1, weight=weight),
-        writes=dict(dz=dz),
-        numbers=dict(rows=rows),
-        constants=dict(C=c, R=r, EXACT=_exact_gelu(h), **_product(config, "R", "C", weight.dtype)),
+        -(-rows // config.block_n),
+        reads=dict(**hidden, x=x, shortcut=shortcut),
+        writes=dict(dx=dx, moments=moments),
+        numbers=dict(rows=rows, eps=eps),
+        constants=dict(C=c, R=r, EXACT=_exact_gelu(hidden["h"]), **_product(config, "R", "C", weight.dtype)),
         config=config,
         flops=2 * rows * c * r,
-        elements=h.numel(),
+        elements=hidden["h"].numel(),
         loops=(-(-r // config.block_in),),
     )
 
 
-def layer_norm_gradient_launch(
+def _normal_gradient_launch(hidden: Mapping[str, Tensor], dz: Tensor) -> Launch:
+    weight = hidden["weight"]
+    r, c = weight.shape
+    rows = dz.numel() // c
+    config = product_config(rows, r, c, weight.element_size(), is_exact(weight.dtype))
+    return _launch(
+        normal_gradient_kernel,
+        -(-rows // config.block_n) * -(-c // config.block_out),
+        reads=hidden,
+        writes=dict(dz=dz),
+        numbers=dict(rows=rows),
+        constants=dict(C=c, R=r, EXACT=_exact_gelu(hidden["h"]), **_product(config, "R", "C", weight.dtype)),
+        config=config,
+        flops=2 * rows * c * r,
+        elements=hidden["h"].numel(),
+        loops=(-(-r // config.block_in),),
+    )
+
+
+def _layer_norm_gradient_launch(
     dz: Tensor, x: Tensor, shortcut: Tensor | None, dx: Tensor, moments: Tensor, eps: float
 ) -> Launch:
     c = x.shape[3]
