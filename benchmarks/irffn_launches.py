@@ -22,12 +22,10 @@ def irffn_train(shape: StageShape, dtype: torch.dtype, limits: DeviceLimits) -> 
     w1, w2, taps, factor = matrix(r, c), matrix(c, r), _vector(r, 1, 3, 3), matrix(shape.batch)
     narrow, wide, sums_narrow, sums_wide = _vector(6, c), _vector(6, r), _vector(2, c), _vector(2, r)
     moments = _vector(x.numel() // c, 2)
-    weights = [
-        train.project_weight_launch(x, h, wide),
-        train.expand_weight_launch(h, h, wide, sums_wide, x, moments),
-    ]
+    *before, project_weight = train.project_weight_launches(x, x, narrow, sums_narrow, factor, h, wide, x)
+    expand_weight = train.expand_weight_launch(h, h, wide, sums_wide, x, moments)
     sums = []
-    for launch, weight, out, in_ in ((weights[0], w2, c, r), (weights[1], w1, r, c)):
+    for launch, weight, out, in_ in ((project_weight, w2, c, r), (expand_weight, w1, r, c)):
         parts = launch.arguments["products"], launch.arguments["biases"]
         sums.append(
             train.weight_gradient_launch(
@@ -40,12 +38,12 @@ def irffn_train(shape: StageShape, dtype: torch.dtype, limits: DeviceLimits) -> 
         train.project_launch(h, wide, w2, _vector(c), x, True),
         train.output_launch(x, narrow, factor, x, x),
         train.output_sums_launch(x, x, narrow, factor),
-        train.output_gradient_launch(x, x, narrow, sums_narrow, factor, x),
-        weights[0],
+        *before,
+        project_weight,
         sums[0],
         train.project_input_launch(x, w2, h, wide, sums_wide, h),
         train.dw_gradient_launch(h, h, wide, taps, h),
         *train.expand_input_launches(h, h, wide, sums_wide, w1, x, x, x, moments, 1e-6),
-        weights[1],
+        expand_weight,
         sums[1],
     ]

@@ -55,6 +55,22 @@ def test_a_gradient_of_layer_norm_passes_over_no_map_of_its_own(variant, monkeyp
         assert maps < launch.reads + launch.writes < 1.02 * maps
 
 
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton, not installed here")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_gradient_of_batch_norm_is_written_and_not_read(variant, monkeypatch):
+    """Where one tile is the projection's weight its kernel reads two maps of C channels and the hidden one, and writes one map of C channels."""
+    monkeypatch.syspath_prepend(ROOT)
+    launches = importlib.import_module("benchmarks.irffn_launches").irffn_train
+    for shape in stage_shapes(variant, 256):
+        made = {launch.kernel.__name__: launch for launch in launches(shape, torch.bfloat16, ARCHITECTURES[90])}
+        together = shape.dim <= 64 and shape.hidden <= 256
+        assert ("output_gradient_kernel" in made) != together
+        if together:
+            launch = made["project_weight_kernel"]
+            maps = 2 * shape.batch * shape.queries * (shape.hidden + 3 * shape.dim)
+            assert maps < launch.reads + launch.writes < 1.04 * maps
+
+
 def test_kept_beside_what_plain_pytorch_keeps():
     """In maps of C channels: plain PyTorch keeps 27 under autocast on a 16-bit stream, the kernels 10 (x, h, u and y), or 6 without h:
     ``test_kept_for_the_backward_pass`` of ``tests/interpret/test_irffn_train.py``."""

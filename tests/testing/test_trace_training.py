@@ -74,9 +74,9 @@ def test_kept_beside_the_original(original, dtype, low_residual, recompute, rati
 
 
 def test_bytes_beside_the_plan(fused, original):
-    """1.12 times the plan. BatchNorm 3 and its gradient are passes of their own, where the plan has them in the kernels beside; the stem's
-    BatchNorms too, as its convolutions are PyTorch's."""
-    assert PLAN_GB <= gigabytes(fused) <= 1.125 * PLAN_GB
+    """1.12 times the plan. BatchNorm 3 and, but for stage a, its gradient are passes of their own, where the plan has them in the kernels beside; the
+    stem's BatchNorms too, as its convolutions are PyTorch's."""
+    assert PLAN_GB <= gigabytes(fused) <= 1.12 * PLAN_GB
     assert gigabytes(traced("autocast-bfloat16", low_residual=True)) <= 1.15 * PLAN_GB
     assert gigabytes(traced("autocast-bfloat16")) <= 1.4 * PLAN_GB
     assert gigabytes(original) > 300
@@ -98,7 +98,7 @@ def test_every_block_runs_on_our_kernels(fused):
     for name, counts in expected.items():
         steps = [kernel.stage for kernel in fused.kernels if kernel.name == name]
         assert {stage: steps.count(stage) for stage in counts} == counts, name
-    passes = [kernel.stage for kernel in fused.kernels if kernel.name in ("output_kernel", "output_gradient_kernel")]
+    passes = [kernel.stage for kernel in fused.kernels if kernel.name in ("output_kernel", "project_weight_kernel")]
     forward = [stage for stage, count in blocks.items() for _ in range(count)]
     assert passes == forward + forward[::-1]
 

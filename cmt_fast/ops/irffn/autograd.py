@@ -106,14 +106,15 @@ class IRFFNFunction(torch.autograd.Function):
         s3 = kernels.output_sums(grad, y, n3, factor)
         d["bn3_bias"], d["bn3_weight"] = s3.unbind()
         if need_u or need_projection:
-            dy = kernels.output_gradient(grad, y, n3, reduced_sums(s3, groups[2]), factor)
-            s2 = None
+            total3, s2 = reduced_sums(s3, groups[2]), None
             if need_projection or not ctx.frozen[1]:
                 weight = p.project_weight.flatten(1)
-                d["project_weight"], d["project_bias"], s2 = kernels.project_weight(
-                    dy, u, n2, weight, p.bn2_weight, p.bn2_bias
+                dy, d["project_weight"], d["project_bias"], s2 = kernels.project_weight(
+                    grad, y, n3, total3, factor, u, n2, weight, p.bn2_weight, p.bn2_bias
                 )
                 d["bn2_bias"], d["bn2_weight"] = s2.unbind()
+            else:
+                dy = kernels.output_gradient(grad, y, n3, total3, factor)
         if need_u:
             projection = p.project_weight.flatten(1).to(options.dtype)
             total = None if ctx.frozen[1] or s2 is None else reduced_sums(s2, groups[1])

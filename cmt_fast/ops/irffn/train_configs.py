@@ -99,7 +99,8 @@ def expand_input_config(rows: int, inputs: int, outputs: int, itemsize: int, exa
 def weight_config(rows: int, inputs: int, outputs: int, itemsize: int, exact: bool) -> tuple[ProductConfig, int]:
     """For the gradient (outputs, inputs) of a weight, summed over rows; and how many tiles of rows a program adds up."""
     most = 64 if exact else 128
-    block_in, block_out = min(most, block(inputs)), min(most, block(outputs))
+    block_out = min(most, block(outputs))
+    block_in = min(most * most // block_out, 2 * most, block(inputs))  # of few outputs, all of 256 inputs
     block_n = min(32 if itemsize == 4 else 64, block(rows))
     tiles = -(-inputs // block_in) * -(-outputs // block_out)
     steps = -(-rows // (block_n * -(-PROGRAMS // tiles)))

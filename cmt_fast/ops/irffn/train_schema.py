@@ -20,7 +20,8 @@ _SCHEMAS = {
     "output": "(Tensor y, Tensor n3, Tensor? factor, Tensor? shortcut) -> Tensor",
     "output_sums": "(Tensor grad, Tensor y, Tensor n3, Tensor? factor) -> Tensor",
     "output_gradient": "(Tensor grad, Tensor y, Tensor n3, Tensor s3, Tensor? factor) -> Tensor",
-    "project_weight": "(Tensor dy, Tensor u, Tensor n2, Tensor weight, Tensor? gamma, Tensor? beta) -> (Tensor, Tensor, Tensor)",
+    "project_weight": "(Tensor grad, Tensor y, Tensor n3, Tensor s3, Tensor? factor, Tensor u, Tensor n2, Tensor weight,"
+    " Tensor? gamma, Tensor? beta) -> (Tensor, Tensor, Tensor, Tensor)",
     "project_input": "(Tensor dy, Tensor weight, Tensor u, Tensor n2, Tensor? s2) -> Tensor",
     "dw_gradient": "(Tensor du, Tensor h, Tensor n1, Tensor weight) -> (Tensor, Tensor)",
     "expand_input": "(Tensor dt, Tensor h, Tensor n1, Tensor s1, Tensor weight, Tensor x, Tensor? shortcut, float eps)"
@@ -90,10 +91,20 @@ def _(grad: Tensor, y: Tensor, n3: Tensor, s3: Tensor, factor: Tensor | None) ->
 
 @torch.library.register_fake("cmt_fast_triton::irffn_project_weight")
 def _(
-    dy: Tensor, u: Tensor, n2: Tensor, weight: Tensor, gamma: Tensor | None, beta: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of weight (C, R) and bias (C,) in the dtype of weight, and the sums (2, R) of BN2's gradient; gamma, beta (R,) are BN2's."""
-    return _weight_gradient(n2, weight)
+    grad: Tensor,
+    y: Tensor,
+    n3: Tensor,
+    s3: Tensor,
+    factor: Tensor | None,
+    u: Tensor,
+    n2: Tensor,
+    weight: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dy, as ``output_gradient`` makes it; gradients of weight (C, R) and bias (C,) in the dtype of weight, and the sums (2, R) of BN2's
+    gradient; gamma, beta (R,) are BN2's."""
+    return y.new_empty(y.shape), *_weight_gradient(n2, weight)
 
 
 @torch.library.register_fake("cmt_fast_triton::irffn_project_input")

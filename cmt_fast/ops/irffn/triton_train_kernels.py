@@ -1,4 +1,4 @@
-"""The inverted residual feed-forward network in training on a GPU: forward in four kernels, backward in eight.
+"""The inverted residual feed-forward network in training on a GPU: forward in four kernels, backward in seven to nine.
 
 No BatchNorm passes over memory: moments are made where a map is made, and the map is normalised where it is read (``_triton/batch_norm.py``). Maps
 in memory are h and u, before their GELU, and y. Names and formulas: docs/math.md, section 8; ``tests/ops/test_irffn_formulas.py`` has the
@@ -278,19 +278,24 @@ def output_gradient_kernel(
         grad: (rows, C), of ``out``. factor, pixels: of ``output_kernel``.
     """
     row, c, offset, inside = _elements(rows, C, BLOCK_N, BLOCK_C)
-    branch = _branch_gradient(grad, factor, row, rows, pixels, offset, inside)
-    wide = tl.load(y + offset, inside, 0.0).to(tl.float32)
-    tl.store(dy + offset, batch_norm_gradient(branch, wide, n3, s3, c, C).to(dy.dtype.element_ty), inside)
+    tile = _output_gradient(grad, y, n3, s3, factor, row, c, rows, pixels, offset, inside, C)
+    tl.store(dy + offset, tile.to(dy.dtype.element_ty), inside)
 
 
 @triton.jit
 def project_weight_kernel(
+    grad,
+    y,
+    n3,
+    s3,
+    factor,
     dy,
     u,
     n2,
     products,
     biases,
     rows,
+    pixels,
     C: tl.constexpr,
     R: tl.constexpr,
     STEPS: tl.constexpr,
@@ -303,23 +308,31 @@ def project_weight_kernel(
     """A program's part of dy^T (GELU(u) normalised, without BN2's affine) and of the sum of dy, over STEPS tiles of BLOCK_N rows.
 
     Args:
+        grad, y, n3, s3, factor, pixels: of ``output_gradient_kernel``, whose dy is made and stored here; all but pixels None where dy is read.
         products: (programs, C, R); biases: (programs, C).
     """
     tiles_r, tiles = tl.cdiv(R, BLOCK_R), tl.cdiv(R, BLOCK_R) * tl.cdiv(C, BLOCK_C)
     program = (tl.program_id(0) // tiles).to(tl.int64)
     c = tl.program_id(0) % tiles // tiles_r * BLOCK_C
     r = tl.program_id(0) % tiles_r * BLOCK_R
-    channel = r + tl.arange(0, BLOCK_R)
+    channel, column = r + tl.arange(0, BLOCK_R), c + tl.arange(0, BLOCK_C)
     mean, rstd = tl.load(n2 + MEAN * R + channel, channel < R, 0.0), tl.load(n2 + RSTD * R + channel, channel < R, 0.0)
     total = tl.zeros([BLOCK_C, BLOCK_R], tl.float32)
     bias = tl.zeros([BLOCK_C], tl.float32)
     for step in range(STEPS):
         first = (program * STEPS + step) * BLOCK_N
-        grad = load_tile(dy, C, first, rows, c, C, BLOCK_N, BLOCK_C)
+        if y is None:
+            tile = load_tile(dy, C, first, rows, c, C, BLOCK_N, BLOCK_C)
+        else:
+            row = first.to(tl.int32) + tl.arange(0, BLOCK_N)[:, None]
+            offset, inside = row.to(tl.int64) * C + column[None, :], (row < rows) & (column < C)[None, :]
+            wide = _output_gradient(grad, y, n3, s3, factor, row, column, rows, pixels, offset, inside, C)
+            tile = tl.where(inside, wide, 0.0).to(dy.dtype.element_ty)
+            tl.store(dy + offset, tile, inside)
         value = gelu(load_tile(u, R, first, rows, r, R, BLOCK_N, BLOCK_R).to(tl.float32), EXACT)
-        normal = ((value - mean[None, :]) * rstd[None, :]).to(grad.dtype)
-        total = tl.dot(tl.trans(grad), normal, total, input_precision=PRECISION)
-        bias += tl.sum(grad.to(tl.float32), 0)
+        normal = ((value - mean[None, :]) * rstd[None, :]).to(tile.dtype)
+        total = tl.dot(tl.trans(tile), normal, total, input_precision=PRECISION)
+        bias += tl.sum(tile.to(tl.float32), 0)
     _store_products(products, biases, program, total, bias, c, r, C, R, BLOCK_C, BLOCK_R)
 
 
@@ -697,6 +710,14 @@ def _branch_gradient(grad, factor, row, rows, pixels, offset, inside):
     if factor is not None:
         branch *= tl.load(factor + row // pixels, row < rows, 0.0).to(tl.float32)
     return branch
+
+
+@triton.jit
+def _output_gradient(grad, y, n3, s3, factor, row, c, rows, pixels, offset, inside, C: tl.constexpr):
+    """BN3'(factor * grad), of the rows (rows, 1) and channels c (columns,) of a tile; float32, anything outside."""
+    branch = _branch_gradient(grad, factor, row, rows, pixels, offset, inside)
+    wide = tl.load(y + offset, inside, 0.0).to(tl.float32)
+    return batch_norm_gradient(branch, wide, n3, s3, c, C)
 
 
 @triton.jit

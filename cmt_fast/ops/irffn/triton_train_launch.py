@@ -161,16 +161,25 @@ def output_gradient(grad: Tensor, y: Tensor, n3: Tensor, s3: Tensor, factor: Ten
 
 
 def project_weight(
-    dy: Tensor,
+    grad: Tensor,
+    y: Tensor,
+    n3: Tensor,
+    s3: Tensor,
+    factor: Tensor | None,
     u: Tensor,
     n2: Tensor,
     weight: Tensor,
     gamma: Tensor | None,
     beta: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the projection's weight (C, R) and bias (C,) in the weight's dtype, and the sums (2, R) of BN2's gradient."""
-    dy, u = dy.contiguous(), u.contiguous()
-    return _weight_gradient(project_weight_launch(dy, u, n2), weight, gamma, beta)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradient of y, as ``output_gradient`` makes it; gradients of the projection's weight (C, R) and bias (C,) in the weight's dtype, and
+    the sums (2, R) of BN2's gradient."""
+    grad, y, u = grad.contiguous(), y.contiguous(), u.contiguous()
+    dy = torch.empty_like(y)
+    *before, launch = project_weight_launches(grad, y, n3, s3, factor, u, n2, dy)
+    for other in before:
+        other.run()
+    return dy, *_weight_gradient(launch, weight, gamma, beta)
 
 
 def project_input(dy: Tensor, weight: Tensor, u: Tensor, n2: Tensor, s2: Tensor | None) -> Tensor:
@@ -242,8 +251,22 @@ def output_gradient_launch(
     return _elementwise(output_gradient_kernel, dict(grad=grad, y=y, n3=n3, s3=s3, factor=factor), dict(dy=dy), y)
 
 
-def project_weight_launch(dy: Tensor, u: Tensor, n2: Tensor) -> Launch:
-    return _products(project_weight_kernel, dict(dy=dy, u=u, n2=n2), dy, u, "C", "R")
+def project_weight_launches(
+    grad: Tensor, y: Tensor, n3: Tensor, s3: Tensor, factor: Tensor | None, u: Tensor, n2: Tensor, dy: Tensor
+) -> list[Launch]:
+    """One kernel where one tile holds the gradient of the weight; else each of its tiles would make dy anew, which a kernel before them makes."""
+    of_output = dict(grad=grad, y=y, n3=n3, s3=s3, factor=factor)
+    operands: dict[str, Tensor | None] = dict(u=u, n2=n2)
+    pixels = dict(pixels=y.shape[1] * y.shape[2])
+    c, r = y.shape[3], u.shape[3]
+    config, _ = weight_config(y.numel() // c, r, c, y.element_size(), is_exact(y.dtype))
+    if config.block_out >= c and config.block_in >= r:
+        return [_products(project_weight_kernel, operands | of_output, dict(dy=dy), pixels, dy, u, "C", "R")]
+    operands |= dict.fromkeys(of_output) | dict(dy=dy)
+    return [
+        output_gradient_launch(grad, y, n3, s3, factor, dy),
+        _products(project_weight_kernel, operands, {}, pixels, dy, u, "C", "R"),
+    ]
 
 
 def project_input_launch(dy: Tensor, weight: Tensor, u: Tensor, n2: Tensor, s2: Tensor | None, du: Tensor) -> Launch:
@@ -354,7 +377,8 @@ def _layer_norm_gradient_launch(
 
 
 def expand_weight_launch(dt: Tensor, h: Tensor, n1: Tensor, s1: Tensor, x: Tensor, moments: Tensor) -> Launch:
-    return _products(expand_weight_kernel, dict(dt=dt, h=h, n1=n1, s1=s1, x=x, moments=moments), dt, x, "R", "C")
+    reads = dict(dt=dt, h=h, n1=n1, s1=s1, x=x, moments=moments)
+    return _products(expand_weight_kernel, reads, {}, {}, dt, x, "R", "C")
 
 
 def weight_gradient_launch(
@@ -444,7 +468,16 @@ def _elementwise(kernel: Any, reads: Mapping[str, Tensor | None], writes: Mappin
     )
 
 
-def _products(kernel: Any, reads: Mapping[str, Tensor], grad: Tensor, x: Tensor, out: str, in_: str) -> Launch:
+def _products(
+    kernel: Any,
+    reads: Mapping[str, Tensor | None],
+    writes: Mapping[str, Tensor],
+    numbers: Mapping[str, int],
+    grad: Tensor,
+    x: Tensor,
+    out: str,
+    in_: str,
+) -> Launch:
     """A kernel of a weight's gradient; grad (B, H, W, outputs), x (B, H, W, inputs), and the kernel's names of these widths."""
     outputs, inputs = grad.shape[3], x.shape[3]
     rows = grad.numel() // outputs
@@ -455,10 +488,11 @@ def _products(kernel: Any, reads: Mapping[str, Tensor], grad: Tensor, x: Tensor,
         programs * -(-outputs // config.block_out) * -(-inputs // config.block_in),
         reads=reads,
         writes=dict(
+            **writes,
             products=grad.new_empty(programs, outputs, inputs, dtype=torch.float32),
             biases=grad.new_empty(programs, outputs, dtype=torch.float32),
         ),
-        numbers=dict(rows=rows),
+        numbers=dict(rows=rows, **numbers),
         constants={out: outputs, in_: inputs, "STEPS": steps, "EXACT": _exact_gelu(grad)}
         | _product(config, in_, out, grad.dtype),
         config=config,
