@@ -117,6 +117,22 @@ def select(
     return chosen
 
 
+def joins(op: str, reasons: Reasons, requested: str | None = None) -> bool:
+    """Whether the Triton kernels shall run ``op``, which is several operations one after the other.
+
+    If not, each of them chooses for itself, and tells its own reasons.
+
+    Args:
+        op, requested: of :func:`select`.
+        reasons: returns those against the kernels of the whole.
+    """
+    wanted = get_backend() if requested is None else _checked(requested, "backend")
+    if wanted not in ("auto", "triton") or reasons():
+        return False
+    record(op, "triton", {})
+    return True
+
+
 def record(op: str, chosen: str, against: Mapping[str, list[str]]) -> None:
     """Tell :func:`explain`, if it listens, what ran. For what chose its backend before the call."""
     if _recorder is not None:

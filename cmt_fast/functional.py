@@ -7,7 +7,7 @@ stands in ``cmt_fast/ops/<op>/reference.py``.
 from cmt_fast.ops.attention.api import reduced_kv_attention
 from cmt_fast.ops.attention.relative_pos import resize_relative_pos
 from cmt_fast.ops.depthwise.api import depthwise_conv3x3, depthwise_reduce
-from cmt_fast.ops.irffn.api import irffn
+from cmt_fast.ops.irffn.api import irffn, irffn_lpu
 from cmt_fast.ops.lmhsa.api import lmhsa
 from cmt_fast.ops.lpu.api import lpu
 
@@ -15,6 +15,7 @@ __all__ = [
     "depthwise_conv3x3",
     "depthwise_reduce",
     "irffn",
+    "irffn_lpu",
     "lmhsa",
     "lpu",
     "reduced_kv_attention",

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from cmt_fast.models.config import STAGES, read_config
 from cmt_fast.models.grids import StageGrid, image_size, stage_grids
 from cmt_fast.modules import Block, PatchEmbed
+from cmt_fast.modules.block import run_blocks
 from cmt_fast.ops.activated_conv.api import activated_conv
 from cmt_fast.ops.attention.relative_pos import resize_relative_pos
 from cmt_fast.ops.autocast import autocast_dtype, product_dtype
@@ -260,11 +261,12 @@ class CMT(nn.Module):
         table = self._part("relative_pos", stage)
         bias = resize_relative_pos(table, *own, *grid)
         x, (h, w) = self._embedded(stage, x, before)
-        for block in self._part("blocks", stage):
-            if self.grad_checkpointing and torch.is_grad_enabled():
+        blocks = self._part("blocks", stage)
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            for block in blocks:
                 x = _checkpointed(block, x, h, w, bias)
-            else:
-                x = block(x, h, w, bias)
+        else:
+            x = run_blocks(blocks, x, h, w, bias)
         return x.transpose(1, 2).unflatten(2, (h, w))
 
     def _forward_stages(self, x: Tensor, count: int) -> Iterator[Tensor]:

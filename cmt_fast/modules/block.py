@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -10,6 +11,7 @@ from cmt_fast import functional
 from cmt_fast.modules.drop_path import DropPath
 from cmt_fast.modules.irffn import IRFFN
 from cmt_fast.modules.lmhsa import LMHSA
+from cmt_fast.ops.checks import not_plain
 
 
 class Block(nn.Module):
@@ -55,8 +57,47 @@ class Block(nn.Module):
         self.mlp = IRFFN(dim, int(dim * mlp_ratio), drop=drop)
         self.proj = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)  # the LPU's convolution
 
-    def forward(self, x: Tensor, H: int, W: int, relative_pos: Tensor) -> Tensor:
-        """x (B, H * W, C), relative_pos (heads, N, M) -> (B, H * W, C)."""
-        x = functional.lpu(x.unflatten(1, (H, W)), self.proj).flatten(1, 2)
+    def forward(
+        self,
+        x: Tensor,
+        H: int,
+        W: int,
+        relative_pos: Tensor,
+        *,
+        perceived: bool = False,
+        following: Block | None = None,
+    ) -> Tensor:
+        """x (B, H * W, C), relative_pos (heads, N, M) -> (B, H * W, C).
+
+        Args:
+            x, H, W, relative_pos: the tokens of a map H x W, and the position bias of the stage.
+            perceived: x has been through the LPU of this block already.
+            following: a block whose LPU the result shall have been through; see :func:`run_blocks`.
+        """
+        if not perceived:
+            x = functional.lpu(x.unflatten(1, (H, W)), self.proj).flatten(1, 2)
         x = self.attn(x, H, W, relative_pos, norm=self.norm1, drop_path=self.drop_path, shortcut=True)
-        return self.mlp(x, H, W, norm=self.norm2, drop_path=self.drop_path, shortcut=True)
+        around = dict(norm=self.norm2, drop_path=self.drop_path, shortcut=True)
+        if following is None:
+            return self.mlp(x, H, W, **around)
+        return self.mlp(x, H, W, **around, lpu=following.proj)
+
+
+def run_blocks(blocks: Sequence[Block], x: Tensor, H: int, W: int, relative_pos: Tensor) -> Tensor:
+    """The blocks of a stage one after the other: x (B, H * W, C), relative_pos (heads, N, M) -> (B, H * W, C).
+
+    The IRFFN of one block and the LPU of the next are one operation, :func:`cmt_fast.functional.irffn_lpu`, unless the map between them can be seen:
+    by a hook on a block or on its IRFFN, or because one of these is of another class, or has another forward.
+    """
+    perceived: dict[str, Any] = {}
+    for block, following in zip(blocks, [*blocks[1:], None]):
+        joined = {"following": following} if following is not None and _joins(block, following) else {}
+        x = block(x, H, W, relative_pos, **perceived, **joined)
+        perceived = {"perceived": True} if joined else {}
+    return x
+
+
+def _joins(block: Block, following: Block) -> bool:
+    """Whether nothing but ``following`` sees the output of ``block``."""
+    seen = not_plain("block", block, Block) + not_plain("following", following, Block)
+    return not (seen or not_plain("mlp", block.mlp, IRFFN))

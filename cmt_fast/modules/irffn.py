@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor, nn
 
 from cmt_fast import functional
@@ -50,14 +52,17 @@ class IRFFN(nn.Module):
         norm: nn.Module | None = None,
         drop_path: nn.Module | None = None,
         shortcut: bool = False,
+        lpu: nn.Module | None = None,
     ) -> Tensor:
         """x (B, H * W, C) -> (B, H * W, C).
 
-        Called as the original's, it is the network alone; a block adds its norm, drop path and shortcut.
+        Called as the original's, it is the network alone; a block adds its norm, drop path and shortcut, and may add the LPU of the next block, given
+        its convolution.
         """
         expand, act1, bn1 = _members(self.conv1, 3)
         project, bn3 = _members(self.conv2, 2)
-        y = functional.irffn(
+        run = functional.irffn if lpu is None else partial(functional.irffn_lpu, conv=lpu)
+        y = run(
             x.unflatten(1, (H, W)),
             expand=expand,
             bn1=bn1,

@@ -225,6 +225,19 @@ def batch_norm(x, statistics, c, C: tl.constexpr):
 
 
 @triton.jit
+def statistics_rows(statistics, c, C: tl.constexpr, ROWS: tl.constexpr):
+    """Mean, 1 / sigma, scale and bias of the channels c (columns,), one row for each of the ROWS of a tile, as ``load_taps`` has its taps."""
+    pointer = statistics + tl.zeros((ROWS, 1), tl.int32) + c[None, :]
+    channel = (c < C)[None, :]
+    return (
+        tl.load(pointer + MEAN * C, channel, 0.0),
+        tl.load(pointer + RSTD * C, channel, 0.0),
+        tl.load(pointer + SCALE * C, channel, 0.0),
+        tl.load(pointer + BIAS * C, channel, 0.0),
+    )
+
+
+@triton.jit
 def batch_norm_gradient(grad, x, statistics, sums, c, C: tl.constexpr):
     """The gradient of BatchNorm's input: scale * (grad - share * (sum of grad + x_hat * sum of grad x_hat)).
 

@@ -99,6 +99,12 @@ def load_pairs(row, there, offset_e, offset_o, left, inside_e, inside_o, right, 
 
 
 @triton.jit
+def load_own(row, there, offset_e, offset_o, inside_e, inside_o):
+    """A row of a map without neighbours, 0 where it is not there: the even columns of the pairs and the odd ones."""
+    return tl.load(row + offset_e, inside_e & there, 0.0), tl.load(row + offset_o, inside_o & there, 0.0)
+
+
+@triton.jit
 def neighbours(a, e, o, b, one, SPLIT: tl.constexpr):
     """What lies left of the even columns, in them, right of them, and the same of the odd ones, of a row of pairs, float32."""
     a, e, o, b = a.to(tl.float32), e.to(tl.float32), o.to(tl.float32), b.to(tl.float32)
@@ -111,6 +117,13 @@ def neighbours(a, e, o, b, one, SPLIT: tl.constexpr):
 def add_taps(y, left, centre, right, t_left, t_centre, t_right):
     """A row of three taps."""
     return y + left * t_left + centre * t_centre + right * t_right
+
+
+@triton.jit
+def add_row(y_e, y_o, row, t_left, t_centre, t_right):
+    """A row of three taps, of the even and of the odd columns; row: of ``neighbours``."""
+    e0, e1, e2, o0, o1, o2 = row
+    return add_taps(y_e, e0, e1, e2, t_left, t_centre, t_right), add_taps(y_o, o0, o1, o2, t_left, t_centre, t_right)
 
 
 @triton.jit

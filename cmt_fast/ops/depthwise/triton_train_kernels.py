@@ -5,6 +5,7 @@ import triton.language as tl
 
 from cmt_fast.ops._triton.sliding import (
     add_products,
+    load_own,
     load_pairs,
     load_taps,
     neighbours,
@@ -75,8 +76,8 @@ def conv3x3_backward_kernel(
         _, _, next_o = slide(empty, empty, empty, o0, o1, o2, taps)
     if WEIGHT:
         # x0, x1 and x2 are the rows of x above the row of grad at work, beside it and below it, as far as they are the program's own.
-        x1_e, x1_o = _load_own(x + first * row_size, True, offset_e, offset_o, inside_e, inside_o)
-        x2_e, x2_o = _load_own(x + (first + 1) * row_size, first + 1 < end, offset_e, offset_o, inside_e, inside_o)
+        x1_e, x1_o = load_own(x + first * row_size, True, offset_e, offset_o, inside_e, inside_o)
+        x2_e, x2_o = load_own(x + (first + 1) * row_size, first + 1 < end, offset_e, offset_o, inside_e, inside_o)
         x1_e, x1_o, x2_e, x2_o = x1_e.to(tl.float32), x1_o.to(tl.float32), x2_e.to(tl.float32), x2_o.to(tl.float32)
         lower = add_products(lower, e0, e1, e2, o0, o1, o2, x1_e, x1_o)
     a, e, o, b = load_pairs(grad + first * row_size, True, offset_e, offset_o, left, inside_e, inside_o, right, C)
@@ -88,7 +89,7 @@ def conv3x3_backward_kernel(
         middle = add_products(middle, e0, e1, e2, o0, o1, o2, x1_e, x1_o)
         lower = add_products(lower, e0, e1, e2, o0, o1, o2, x2_e, x2_o)
         x0_e, x0_o, x1_e, x1_o = x1_e, x1_o, x2_e, x2_o
-        x2_e, x2_o = _load_own(x + (first + 2) * row_size, first + 2 < end, offset_e, offset_o, inside_e, inside_o)
+        x2_e, x2_o = load_own(x + (first + 2) * row_size, first + 2 < end, offset_e, offset_o, inside_e, inside_o)
         x2_e, x2_o = x2_e.to(tl.float32), x2_o.to(tl.float32)
     if BIAS:
         total += tl.where(first == 0, e1 + o1, 0.0)  # below, each program adds the rows of grad below its own
@@ -108,7 +109,7 @@ def conv3x3_backward_kernel(
             tl.store(dx + h * row_size + offset_e, dx_e.to(dx.dtype.element_ty), inside_e)
             tl.store(dx + h * row_size + offset_o, dx_o.to(dx.dtype.element_ty), inside_o)
         if WEIGHT:
-            x3_e, x3_o = _load_own(x + (h + 3) * row_size, h + 3 < end, offset_e, offset_o, inside_e, inside_o)
+            x3_e, x3_o = load_own(x + (h + 3) * row_size, h + 3 < end, offset_e, offset_o, inside_e, inside_o)
             upper = add_products(upper, e0, e1, e2, o0, o1, o2, x0_e, x0_o)
             middle = add_products(middle, e0, e1, e2, o0, o1, o2, x1_e, x1_o)
             lower = add_products(lower, e0, e1, e2, o0, o1, o2, x2_e, x2_o)
@@ -122,12 +123,6 @@ def conv3x3_backward_kernel(
         store_sums(partials, c, c < C, upper, middle, lower)
     if BIAS:
         tl.store(partials + 9 * WEIGHT * C + c, tl.sum(total, 0)[None, :], c < C)
-
-
-@triton.jit
-def _load_own(row, own, offset_e, offset_o, inside_e, inside_o):
-    """A row of x without neighbours, 0 if the program does not own it: the even columns of the pairs and the odd ones."""
-    return tl.load(row + offset_e, inside_e & own, 0.0), tl.load(row + offset_o, inside_o & own, 0.0)
 
 
 @triton.jit

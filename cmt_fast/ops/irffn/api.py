@@ -1,4 +1,4 @@
-"""Public inverted residual feed-forward network: validate, choose a backend, call."""
+"""Public inverted residual feed-forward network, alone and with the LPU that follows: validate, choose a backend, call."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cmt_fast.backend import select
+from cmt_fast.backend import joins, select
 from cmt_fast.ops.checks import check_conv_channels, check_map, check_modules
-from cmt_fast.ops.irffn.fused import irffn_fused, irffn_reasons
+from cmt_fast.ops.irffn.fused import irffn_fused, irffn_lpu_reasons, irffn_reasons
 from cmt_fast.ops.irffn.reference import irffn_reference
+from cmt_fast.ops.lpu.api import lpu
 
 
 def irffn(
@@ -77,3 +78,60 @@ def irffn(
     if select("irffn", candidates, backend, device=x.device) == "triton":
         return irffn_fused(x, shortcut=shortcut, recompute=recompute, **parts)
     return irffn_reference(x, shortcut=shortcut, **parts)
+
+
+def irffn_lpu(
+    x: Tensor,
+    conv: nn.Module,
+    *,
+    expand: nn.Module,
+    bn1: nn.Module,
+    dw: nn.Module,
+    bn2: nn.Module,
+    project: nn.Module,
+    bn3: nn.Module,
+    act1: Callable[[Tensor], Tensor] = F.gelu,
+    act2: Callable[[Tensor], Tensor] = F.gelu,
+    norm: nn.Module | None = None,
+    drop: Callable[[Tensor], Tensor] | None = None,
+    drop_path: Callable[[Tensor], Tensor] | None = None,
+    shortcut: bool = True,
+    recompute: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """The IRFFN of a block and the LPU of the next one: ``lpu(irffn(x, ...), conv)``.
+
+    Between two blocks nothing else reads the sum that ends the first. The kernels make it where they read it: it is not written, nor kept for
+    the backward pass. Where they cannot run this is those two calls, each with a backend and reasons of its own.
+
+    Args:
+        x: (B, H, W, C), floating point.
+        conv: the LPU's, as :func:`cmt_fast.functional.lpu` takes it.
+        expand, bn1, dw, bn2, project, bn3, act1, act2, norm, drop, drop_path, shortcut, recompute, backend: of :func:`cmt_fast.functional.irffn`.
+
+    Returns:
+        (B, H, W, C).
+
+    Raises:
+        ValueError, TypeError, BackendError: as those two calls.
+    """
+    check_map(x)
+    check_modules(conv=conv, expand=expand, bn1=bn1, dw=dw, bn2=bn2, project=project, bn3=bn3)
+    parts: dict[str, Any] = dict(
+        expand=expand,
+        bn1=bn1,
+        dw=dw,
+        bn2=bn2,
+        project=project,
+        bn3=bn3,
+        act1=act1,
+        act2=act2,
+        norm=norm,
+        drop=drop,
+        drop_path=drop_path,
+        shortcut=shortcut,
+    )
+    if joins("irffn_lpu", lambda: irffn_lpu_reasons(x, conv, **parts), backend):
+        assert isinstance(conv, nn.Conv2d)  # or there were reasons against it
+        return irffn_fused(x, recompute=recompute, lpu=conv, **parts)
+    return lpu(irffn(x, recompute=recompute, backend=backend, **parts), conv, backend=backend)

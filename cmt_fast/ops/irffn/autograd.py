@@ -9,12 +9,14 @@ from torch import Tensor
 
 from cmt_fast.ops.batch_norm.training import BatchNormPlan, reduced_sums, statistics
 from cmt_fast.ops.irffn import train_schema as kernels
+from cmt_fast.ops.irffn.output_lpu_schema import output_lpu, output_lpu_gradient
 
 
 class Parameters(NamedTuple):
     """Those of the sub-layer, in the order in which the function takes them; None for a missing one.
 
-    norm (C,): LayerNorm's; expand (R, C, 1, 1), dw (R, 1, 3, 3), project (C, R, 1, 1); bn1, bn2 (R,), bn3 (C,).
+    norm (C,): LayerNorm's; expand (R, C, 1, 1), dw (R, 1, 3, 3), project (C, R, 1, 1); bn1, bn2 (R,), bn3 (C,); lpu (C, 1, 3, 3): of the LPU of the
+    block after it, if that runs here too.
     """
 
     norm_weight: Tensor | None
@@ -31,6 +33,8 @@ class Parameters(NamedTuple):
     project_bias: Tensor | None
     bn3_weight: Tensor | None
     bn3_bias: Tensor | None
+    lpu_weight: Tensor | None
+    lpu_bias: Tensor | None
 
 
 class Options(NamedTuple):
@@ -40,7 +44,7 @@ class Options(NamedTuple):
         dtype: of the maps inside, and of the operands of the products.
         eps: of the LayerNorm and the three BatchNorms.
         groups: of processes over which each BatchNorm takes its statistics, or None.
-        shortcut: add x.
+        shortcut: add x; always with an LPU.
         recompute: keep no h for the backward pass: the expansion makes it again, bit for bit.
     """
 
@@ -52,12 +56,12 @@ class Options(NamedTuple):
 
 
 class IRFFNFunction(torch.autograd.Function):
-    """x + factor * IRFFN(LayerNorm(x)), and the statistics (6, channels) of its three BatchNorms.
+    """x + factor * IRFFN(LayerNorm(x)), or the LPU of that, and the statistics (6, channels) of the three BatchNorms.
 
     Takes x (B, H, W, C), contiguous; the factor (B,) of each image's branch, or None for 1; six tensors, running mean and variance of each
     BatchNorm, or None where the batch's statistics shall serve; :class:`Options`; and the :class:`Parameters` one by one.
 
-    Kept for the backward pass: x, u, y, without ``recompute`` h, and vectors. Gradients are computed only where they are needed, once: they cannot be
+    Kept for the backward pass: x, u, y, without ``recompute`` h, and vectors; with or without an LPU, whose input is made on load. Gradients are computed only where they are needed, once: they cannot be
     differentiated again.
     """
 
@@ -77,7 +81,10 @@ class IRFFNFunction(torch.autograd.Function):
         projection = p.project_weight.flatten(1).to(options.dtype)
         y, partials, counts = kernels.project(u, n2, projection, p.project_bias, m3 is None)
         n3 = statistics(plan3, partials, counts, p.bn3_weight, p.bn3_bias)
-        out = kernels.output(y, n3, factor, x if options.shortcut else None)
+        if p.lpu_weight is None:
+            out = kernels.output(y, n3, factor, x if options.shortcut else None)
+        else:
+            out = output_lpu(y, n3, factor, x, p.lpu_weight, p.lpu_bias)
         ctx.save_for_backward(x, factor, None if options.recompute else h, u, y, n1, n2, n3, *parameters)
         ctx.options = options
         ctx.frozen = (m1 is not None, m2 is not None, m3 is not None)
@@ -103,7 +110,15 @@ class IRFFNFunction(torch.autograd.Function):
         dx = None
 
         grad = grad.contiguous()
-        s3 = kernels.output_sums(grad, y, n3, factor)
+        if p.lpu_weight is None:
+            s3 = kernels.output_sums(grad, y, n3, factor)
+        else:
+            c, needs = x.shape[3], (need_x or any(need[:-2]), need.lpu_weight, need.lpu_bias)
+            grad, sums = output_lpu_gradient(grad, y, n3, factor, x, p.lpu_weight, *needs)
+            s3, d["lpu_weight"], d["lpu_bias"] = sums.split(
+                [n * c if needed else 0 for n, needed in zip((2, 9, 1), needs)]
+            )
+            s3 = s3.view(2, c if needs[0] else 0)
         d["bn3_bias"], d["bn3_weight"] = s3.unbind()
         if need_u or need_projection:
             total3, s2 = reduced_sums(s3, groups[2]), None

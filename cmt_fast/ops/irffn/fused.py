@@ -10,8 +10,10 @@ from cmt_fast.ops._triton.reasons import call_reasons
 from cmt_fast.ops.autocast import product_dtype
 from cmt_fast.ops.batch_norm.training import batch_norm_plan, batch_norm_reasons, update_running
 from cmt_fast.ops.checks import PLAIN_POINTWISE, not_plain
+from cmt_fast.ops.depthwise.reasons import conv3x3_reasons
 from cmt_fast.ops.irffn.autograd import IRFFNFunction, Options
 from cmt_fast.ops.irffn.train_configs import tile_reasons
+from cmt_fast.ops.lpu.reasons import lpu_reasons
 from cmt_fast.ops.parts import (
     Part,
     drop_path_factors,
@@ -69,6 +71,14 @@ def irffn_reasons(
     )
 
 
+def irffn_lpu_reasons(x: Tensor, conv: nn.Module, *, shortcut: bool, **parts: Any) -> list[str]:
+    """Reasons why the kernels cannot do what these parts do to x (B, H, W, C), and then the LPU with ``conv``; first those that are found soonest."""
+    if not shortcut:
+        return ["the kernels of an IRFFN with an LPU add x"]
+    reasons = lpu_reasons(x, conv, conv3x3_reasons)
+    return reasons or dtype_reasons(x, weights=list(conv.parameters()), norms=[]) or irffn_reasons(x, **parts)
+
+
 def irffn_fused(
     x: Tensor,
     *,
@@ -85,8 +95,9 @@ def irffn_fused(
     drop_path: Part,
     shortcut: bool,
     recompute: bool,
+    lpu: nn.Conv2d | None = None,
 ) -> Tensor:
-    """What :func:`cmt_fast.functional.irffn` does, by the kernels; nothing may speak against it (:func:`irffn_reasons`)."""
+    """What :func:`cmt_fast.functional.irffn` does, or ``irffn_lpu`` with ``lpu``, by the kernels; nothing may speak against it (``irffn_reasons``)."""
     b, height, width, c = x.shape
     dtype, norms = product_dtype(x), (bn1, bn2, bn3)
     r = len(dw.weight)
@@ -100,8 +111,8 @@ def irffn_fused(
         shortcut,
         recompute,
     )
-    parts = (norm, expand, bn1, dw, bn2, project, bn3)
-    parameters = [p for part in parts for p in (part.weight, part.bias)]  # in the order of ``Parameters``
+    parts = (norm, expand, bn1, dw, bn2, project, bn3, lpu)  # in the order of ``Parameters``
+    parameters = [p for part in parts for p in ((None, None) if part is None else (part.weight, part.bias))]
     running = [buffer for plan in plans for buffer in (plan.mean, plan.variance)]
     factor = drop_path_factors(drop_path, x, dtype)
     out, *statistics = IRFFNFunction.apply(x.contiguous(), factor, *running, options, *parameters)

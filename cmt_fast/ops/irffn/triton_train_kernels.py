@@ -12,13 +12,12 @@ import triton
 import triton.language as tl
 
 from cmt_fast.ops._triton.batch_norm import (
-    BIAS,
     MEAN,
     RSTD,
-    SCALE,
     batch_norm,
     batch_norm_gradient,
     merge_moments,
+    statistics_rows,
     store_moments,
     tile_moments,
 )
@@ -27,7 +26,7 @@ from cmt_fast.ops._triton.linear import linear_rows
 from cmt_fast.ops._triton.norm import normal_rows_and_rstd, normal_rows_gradient
 from cmt_fast.ops._triton.sliding import (
     add_products,
-    add_taps,
+    add_row,
     load_pairs,
     load_taps,
     neighbours,
@@ -122,7 +121,7 @@ def dw_kernel(
     empty = tl.zeros((PAIRS, BLOCK_C), tl.float32)
     if bias is not None:
         empty += tl.load(bias + tl.zeros((PAIRS, 1), tl.int32) + c[None, :], (c < R)[None, :], 0.0).to(tl.float32)
-    mean, _, scale, added = _load_rows(n1, c, R, PAIRS)
+    mean, _, scale, added = statistics_rows(n1, c, R, PAIRS)
 
     # Two rows of u are unfinished, `this` and `next`. The row of h after the one at work is on its way, in a, e, o, b.
     row = h + (first - 1) * row_size
@@ -416,7 +415,7 @@ def dw_gradient_kernel(
     h += start
     dt += start
     taps = load_taps(weight, c[None, :], (c < R)[None, :], 1, 9, True, True, PAIRS)
-    mean, rstd, scale, added = _load_rows(n1, c, R, PAIRS)
+    mean, rstd, scale, added = statistics_rows(n1, c, R, PAIRS)
     zero = tl.zeros((PAIRS, BLOCK_C), tl.float32)
     sum_dt, sum_normal, sum_du = zero, zero, zero
     upper, middle, lower = (zero, zero, zero), (zero, zero, zero), (zero, zero, zero)  # sums of the taps' rows
@@ -441,9 +440,9 @@ def dw_gradient_kernel(
         more = i + 1 < last
         h_e, h_o = tl.load(row + offset_e, inside_e & more, 0.0), tl.load(row + offset_o, inside_o & more, 0.0)
         dt_e, dt_o = zero, zero
-        dt_e, dt_o = _add_row(dt_e, dt_o, above, taps[0], taps[1], taps[2])
-        dt_e, dt_o = _add_row(dt_e, dt_o, here, taps[3], taps[4], taps[5])
-        dt_e, dt_o = _add_row(dt_e, dt_o, below, taps[6], taps[7], taps[8])
+        dt_e, dt_o = add_row(dt_e, dt_o, above, taps[0], taps[1], taps[2])
+        dt_e, dt_o = add_row(dt_e, dt_o, here, taps[3], taps[4], taps[5])
+        dt_e, dt_o = add_row(dt_e, dt_o, below, taps[6], taps[7], taps[8])
         tl.store(dt + i * row_size + offset_e, dt_e.to(dt.dtype.element_ty), inside_e)
         tl.store(dt + i * row_size + offset_o, dt_o.to(dt.dtype.element_ty), inside_o)
         t_e, t_o = (g_e - mean) * scale + added, (g_o - mean) * scale + added
@@ -776,19 +775,6 @@ def _store_input_gradient(dz, x, shortcut, dx, moments, first, rows, eps, C: tl.
 
 
 @triton.jit
-def _load_rows(statistics, c, C: tl.constexpr, PAIRS: tl.constexpr):
-    """Mean, 1 / sigma, scale and bias of the channels c, one row for each row of a tile as in ``load_taps``."""
-    pointer = statistics + tl.zeros((PAIRS, 1), tl.int32) + c[None, :]
-    channel = (c < C)[None, :]
-    return (
-        tl.load(pointer + MEAN * C, channel, 0.0),
-        tl.load(pointer + RSTD * C, channel, 0.0),
-        tl.load(pointer + SCALE * C, channel, 0.0),
-        tl.load(pointer + BIAS * C, channel, 0.0),
-    )
-
-
-@triton.jit
 def _activated(a, e, o, b, there, left, inside_e, inside_o, right, mean, scale, added, EXACT: tl.constexpr):
     """A row of h as ``load_pairs`` gives it -> of t, 0 outside of the map, float32."""
     a, e, o, b = a.to(tl.float32), e.to(tl.float32), o.to(tl.float32), b.to(tl.float32)
@@ -815,10 +801,3 @@ def _merge_lanes(mean, m2, inside, count):
     merged = tl.sum(tl.where(inside, mean, 0.0), 0) / tl.maximum(lanes, 1.0)
     distance = tl.where(inside, mean - merged[None, :], 0.0)
     return lanes * count, merged, tl.sum(tl.where(inside, m2, 0.0) + distance * distance * count, 0)
-
-
-@triton.jit
-def _add_row(dt_e, dt_o, row, t_left, t_centre, t_right):
-    """A row of three taps, of the even and of the odd columns."""
-    e0, e1, e2, o0, o1, o2 = row
-    return add_taps(dt_e, e0, e1, e2, t_left, t_centre, t_right), add_taps(dt_o, o0, o1, o2, t_left, t_centre, t_right)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor, nn
 
 from cmt_fast.backend import select
@@ -11,6 +9,7 @@ from cmt_fast.ops.checks import check_conv_channels, check_dtype, check_map, che
 from cmt_fast.ops.depthwise.autograd import depthwise_conv3x3
 from cmt_fast.ops.depthwise.native import native_reasons
 from cmt_fast.ops.depthwise.reasons import conv3x3_reasons
+from cmt_fast.ops.lpu.reasons import lpu_reasons
 from cmt_fast.ops.lpu.reference import lpu_reference
 
 
@@ -36,26 +35,11 @@ def lpu(x: Tensor, conv: nn.Module, *, backend: str | None = None) -> Tensor:
     if isinstance(conv, nn.Conv2d) and not not_plain("conv", conv, nn.Conv2d):  # others may convert what they take
         check_dtype("conv", conv.weight, "x", x)
     candidates = {
-        "triton": lambda: _reasons(x, conv, conv3x3_reasons),
-        "native": lambda: _reasons(x, conv, native_reasons),
+        "triton": lambda: lpu_reasons(x, conv, conv3x3_reasons),
+        "native": lambda: lpu_reasons(x, conv, native_reasons),
     }
     chosen = select("lpu", candidates, backend, device=x.device)
     if chosen == "reference":
         return lpu_reference(x, conv)
     assert isinstance(conv, nn.Conv2d)  # or there were reasons against it
     return depthwise_conv3x3(x, conv.weight, conv.bias, True, chosen)
-
-
-def _reasons(x: Tensor, conv: nn.Module, of_kernel: Callable[[Tensor, Tensor, Tensor | None], list[str]]) -> list[str]:
-    """Reasons why no kernel may do what ``conv`` does, and then those of one kernel."""
-    reasons = not_plain("conv", conv, nn.Conv2d)
-    if not isinstance(conv, nn.Conv2d):
-        return reasons
-    channels = x.shape[-1]
-    if (
-        tuple(conv.weight.shape) != (channels, 1, 3, 3)
-        or (conv.stride, conv.padding, conv.dilation) != ((1, 1), (1, 1), (1, 1))
-        or conv.padding_mode != "zeros"
-    ):
-        reasons.append(f"conv must be Conv2d({channels}, {channels}, 3, padding=1, groups={channels}), got {conv}")
-    return reasons + of_kernel(x, conv.weight, conv.bias)
