@@ -9,6 +9,7 @@ import torch
 from cmt_fast.ops._triton.device import DeviceLimits
 from cmt_fast.ops._triton.launch import Launch
 from cmt_fast.ops.irffn import triton_train_launch as train
+from cmt_fast.ops.irffn.triton_output_lpu_launch import output_lpu_gradient_launch, output_lpu_launch
 from cmt_fast.testing.shapes import StageShape
 
 _vector = partial(torch.empty, device="meta", dtype=torch.float32)
@@ -47,3 +48,11 @@ def irffn_train(shape: StageShape, dtype: torch.dtype, limits: DeviceLimits) -> 
         expand_weight,
         sums[1],
     ]
+
+
+def irffn_output_lpu(shape: StageShape, dtype: torch.dtype, limits: DeviceLimits) -> list[Launch]:
+    """The end of the IRFFN with the LPU of the next block, in the place of the outputs above and of that LPU's two kernels."""
+    c = shape.dim
+    x = torch.empty(shape.batch, shape.height, shape.width, c, dtype=dtype, device="meta")
+    output = (x, _vector(6, c), x.new_empty(shape.batch), x, _vector(c, 1, 3, 3))
+    return [output_lpu_launch(*output, _vector(c), x), output_lpu_gradient_launch(x, *output, x, True, True)]

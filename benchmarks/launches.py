@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.irffn_launches import irffn_train
+from benchmarks.irffn_launches import irffn_output_lpu, irffn_train
 from cmt_fast.inference.program import Padding, round_up
 from cmt_fast.ops._triton.device import DeviceLimits
 from cmt_fast.ops._triton.launch import Launch
@@ -352,4 +352,5 @@ LAUNCHES: dict[str, MakeLaunches] = {
     "lmhsa_reduce_bwd": lmhsa_reduce_bwd,
     "lmhsa_merges": _in_stage_a(lmhsa_merges),
     "irffn_train": irffn_train,
+    "irffn_output_lpu": irffn_output_lpu,
 }

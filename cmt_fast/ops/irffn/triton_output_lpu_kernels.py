@@ -128,7 +128,7 @@ def output_lpu_gradient_kernel(
 
     Args:
         grad, dout: (images, height, width, C), in the dtype of lpu; dout None if it is not needed.
-        shortcut: not read without WEIGHT.
+        shortcut: None without WEIGHT.
         weight: (C, 9).
         partials: (programs, ...): with dout the sums of BN3's gradient (2, C), factor * dout and factor * dout * y_hat; with WEIGHT the
             gradients of the taps (C, 9); with BIAS the sum of grad (C,).
@@ -148,7 +148,6 @@ def output_lpu_gradient_kernel(
     row_size = width * C
     grad += start
     y += start
-    shortcut += start
     zero = tl.zeros((PAIRS, BLOCK_C), tl.float32)
     if dout is not None:
         dout += start
@@ -168,6 +167,7 @@ def output_lpu_gradient_kernel(
     a, e, o, b = load_pairs(row, first + 1 < height, *place, C)
     y_e, y_o = load_own(y + first * row_size, True, offset_e, offset_o, inside_e, inside_o)
     if WEIGHT:
+        shortcut += start
         x_e, x_o = load_own(shortcut + first * row_size, True, offset_e, offset_o, inside_e, inside_o)
     for i in range(first, last):
         below = neighbours(a, e, o, b, one, SPLIT)
@@ -181,10 +181,10 @@ def output_lpu_gradient_kernel(
             upper = add_products(upper, *below, out_e, out_o)
         # The next rows are on their way.
         a, e, o, b = load_pairs(grad + (i + 2) * row_size, i + 2 < height, *place, C)
-        row = (i + 1) * row_size
-        y_e, y_o = load_own(y + row, i + 1 < last, offset_e, offset_o, inside_e, inside_o)
+        next_row = (i + 1) * row_size
+        y_e, y_o = load_own(y + next_row, i + 1 < last, offset_e, offset_o, inside_e, inside_o)
         if WEIGHT:
-            x_e, x_o = load_own(shortcut + row, i + 1 < last, offset_e, offset_o, inside_e, inside_o)
+            x_e, x_o = load_own(shortcut + next_row, i + 1 < last, offset_e, offset_o, inside_e, inside_o)
         if dout is not None:
             dout_e, dout_o = add_row(zero, zero, above, taps[0], taps[1], taps[2])
             dout_e, dout_o = add_row(dout_e, dout_o, here, taps[3], taps[4], taps[5])

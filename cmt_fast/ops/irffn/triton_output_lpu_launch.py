@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from cmt_fast.ops._triton.launch import Launch
 from cmt_fast.ops._triton.statistics import add_partials
-from cmt_fast.ops.irffn.train_configs import StripConfig, strip_config, strip_programs
+from cmt_fast.ops.depthwise.configs import WARPS, conv3x3_backward_config
 from cmt_fast.ops.irffn.triton_output_lpu_kernels import output_lpu_gradient_kernel, output_lpu_kernel
 
 
@@ -47,11 +48,8 @@ def output_lpu_launch(
     y: Tensor, n3: Tensor, factor: Tensor | None, shortcut: Tensor, weight: Tensor, bias: Tensor | None, lpu: Tensor
 ) -> Launch:
     """All maps contiguous."""
-    return _launch(
-        output_lpu_kernel,
-        dict(y=y, n3=n3, factor=factor, shortcut=shortcut, weight=weight, bias=bias),
-        dict(lpu=lpu),
-    )
+    reads = dict(y=y, n3=n3, factor=factor, shortcut=shortcut, weight=weight, bias=bias)
+    return _launch(output_lpu_kernel, y, reads, dict(lpu=lpu))
 
 
 def output_lpu_gradient_launch(
@@ -66,29 +64,32 @@ def output_lpu_gradient_launch(
     need_bias: bool,
 ) -> Launch:
     """All maps contiguous, dout None if not needed; new partial sums."""
-    parts = 2 * (dout is not None) + 9 * need_weight + need_bias
-    partials = y.new_empty(strip_programs(*y.shape), parts * y.shape[3], dtype=torch.float32)
-    return _launch(
-        output_lpu_gradient_kernel,
-        dict(grad=grad, y=y, n3=n3, factor=factor, shortcut=shortcut, weight=weight),
-        dict(dout=dout, partials=partials),
-        unread=0 if need_weight else shortcut.nbytes,
-        WEIGHT=need_weight,
-        BIAS=need_bias,
-    )
+    sums = (2 * (dout is not None) + 9 * need_weight + need_bias) * y.shape[3]
+    reads = dict(grad=grad, y=y, n3=n3, factor=factor, shortcut=shortcut if need_weight else None, weight=weight)
+    writes = dict(dout=dout, partials=y.new_empty(_programs(y), sums, dtype=torch.float32))
+    return _launch(output_lpu_gradient_kernel, y, reads, writes, WEIGHT=need_weight, BIAS=need_bias)
+
+
+def _programs(y: Tensor) -> int:
+    """How many strips there are for each tile of channels of maps like y (B, H, W, C), each with sums of its own."""
+    images, height, width, c = y.shape
+    config = conv3x3_backward_config(images, height, width, c)
+    return -(-height // config.rows) * -(-images * width // (2 * config.pairs))
 
 
 def _launch(
-    kernel: Any, reads: dict[str, Tensor | None], writes: dict[str, Tensor | None], unread: int = 0, **constants: bool
+    kernel: Any,
+    y: Tensor,
+    reads: Mapping[str, Tensor | None],
+    writes: Mapping[str, Tensor | None],
+    **constants: bool,
 ) -> Launch:
-    """A kernel that slides down maps like y; ``unread``: bytes of what is passed but not read."""
-    y = reads["y"]
-    assert y is not None
+    """A kernel that slides down maps like y, cut as the LPU's own gradients are."""
     images, height, width, c = y.shape
-    config: StripConfig = strip_config(images, height, width, c)
+    config = conv3x3_backward_config(images, height, width, c)
     return Launch(
         kernel=kernel,
-        grid=(strip_programs(images, height, width, c) * -(-c // config.block_c),),
+        grid=(_programs(y) * -(-c // config.block_c),),
         arguments={**reads, **writes, "images": images, "height": height, "width": width},
         constants=dict(
             C=c,
@@ -98,9 +99,9 @@ def _launch(
             PAIRS=config.pairs,
             BLOCK_C=config.block_c,
         ),
-        num_warps=config.num_warps,
-        num_stages=1,  # the rows of a strip are loaded as they come: staged copies would read each three times from L2
-        reads=sum(t.nbytes for t in reads.values() if t is not None) - unread,
+        num_warps=WARPS,
+        num_stages=1,  # as in ``conv3x3_launch``
+        reads=sum(t.nbytes for t in reads.values() if t is not None),
         writes=sum(t.nbytes for t in writes.values() if t is not None),
         flops=0,
         elements=y.numel(),
