@@ -54,19 +54,18 @@ def test_the_original_is_what_the_plan_traced(original):
     assert not any(kernel.triton for kernel in original.kernels)
 
 
-# The goals are 0.33 and, recomputing everywhere, 0.22. What is missing: each LPU keeps its input, which the plan makes again on load (0.024). The float32
-# stream is the original's own.
+# The goals, 0.33 and, recomputing everywhere, 0.22, are those of a 16-bit stream; the float32 one is the original's own.
 @pytest.mark.parametrize(
     ("dtype", "low_residual", "recompute", "ratio"),
     [
-        ("autocast-bfloat16", False, "", 0.409),
-        ("autocast-bfloat16", False, "abcd", 0.311),
-        ("autocast-bfloat16", True, "", 0.336),
-        ("autocast-bfloat16", True, "ab", 0.286),
-        ("autocast-bfloat16", True, "abcd", 0.238),
-        ("bfloat16", False, "", 0.335),
-        ("bfloat16", False, "ab", 0.286),
-        ("bfloat16", False, "abcd", 0.238),
+        ("autocast-bfloat16", False, "", 0.371),
+        ("autocast-bfloat16", False, "abcd", 0.273),
+        ("autocast-bfloat16", True, "", 0.317),
+        ("autocast-bfloat16", True, "ab", 0.267),
+        ("autocast-bfloat16", True, "abcd", 0.219),
+        ("bfloat16", False, "", 0.316),
+        ("bfloat16", False, "ab", 0.267),
+        ("bfloat16", False, "abcd", 0.219),
     ],
 )
 def test_kept_beside_the_original(original, dtype, low_residual, recompute, ratio):
@@ -74,11 +73,11 @@ def test_kept_beside_the_original(original, dtype, low_residual, recompute, rati
 
 
 def test_bytes_beside_the_plan(fused, original):
-    """1.12 times the plan. BatchNorm 3 and, but for stage a, its gradient are passes of their own, where the plan has them in the kernels beside; the
-    stem's BatchNorms too, as its convolutions are PyTorch's."""
-    assert PLAN_GB <= gigabytes(fused) <= 1.12 * PLAN_GB
-    assert gigabytes(traced("autocast-bfloat16", low_residual=True)) <= 1.15 * PLAN_GB
-    assert gigabytes(traced("autocast-bfloat16")) <= 1.4 * PLAN_GB
+    """1.10 times the plan. But for stage a, the gradient of BatchNorm 3 is a pass of its own, where the plan has it in the kernels beside; the stem's
+    BatchNorms too, as its convolutions are PyTorch's."""
+    assert PLAN_GB <= gigabytes(fused) <= 1.1 * PLAN_GB
+    assert gigabytes(traced("autocast-bfloat16", low_residual=True)) <= 1.11 * PLAN_GB
+    assert gigabytes(traced("autocast-bfloat16")) <= 1.36 * PLAN_GB
     assert gigabytes(original) > 300
     # Between the kernels there are vectors, weights and reduced maps: outside of stem, patch embeddings and head less than 5 % of the bytes.
     between = [kernel for kernel in fused.kernels if not kernel.triton and kernel.stage == "c"]
@@ -94,11 +93,15 @@ def test_every_block_runs_on_our_kernels(fused):
     """Stage d's attention is products around the primitive, which are PyTorch's."""
     blocks = dict(a=3, b=3, c=16, d=3)
     inside = {stage: count for stage, count in blocks.items() if stage != "d"}
-    expected = dict(conv3x3_kernel=blocks, expand_kernel=blocks, dw_gradient_kernel=blocks, core_backward_kernel=inside)
+    alone, between = dict.fromkeys("abcd", 1), {stage: count - 1 for stage, count in blocks.items()}
+    expected = dict(expand_kernel=blocks, dw_gradient_kernel=blocks, core_backward_kernel=inside)
+    expected |= dict(conv3x3_kernel=alone, conv3x3_backward_kernel=alone, output_kernel=alone, output_sums_kernel=alone)
+    expected |= dict(output_lpu_kernel=between, output_lpu_gradient_kernel=between)
     for name, counts in expected.items():
         steps = [kernel.stage for kernel in fused.kernels if kernel.name == name]
         assert {stage: steps.count(stage) for stage in counts} == counts, name
-    passes = [kernel.stage for kernel in fused.kernels if kernel.name in ("output_kernel", "project_weight_kernel")]
+    ends = ("output_kernel", "output_lpu_kernel", "project_weight_kernel")
+    passes = [kernel.stage for kernel in fused.kernels if kernel.name in ends]
     forward = [stage for stage, count in blocks.items() for _ in range(count)]
     assert passes == forward + forward[::-1]
 
