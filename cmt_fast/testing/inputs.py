@@ -102,6 +102,19 @@ class IRFFNSubLayer(nn.Module):
         return tokens.unflatten(1, (height, width))
 
 
+class IRFFNLPUSubLayer(IRFFNSubLayer):
+    """The feed-forward network as above, and the LPU of the next block: LPU(X)."""
+
+    def __init__(self, shape: StageShape) -> None:
+        super().__init__(shape)
+        self.conv = nn.Conv2d(shape.dim, shape.dim, 3, padding=1, groups=shape.dim, bias=shape.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[1:3]
+        tokens = self.mlp(x.flatten(1, 2), height, width, norm=self.norm, shortcut=True, lpu=self.conv)
+        return tokens.unflatten(1, (height, width))
+
+
 @dataclass(frozen=True)
 class Case:
     """One operation at one shape.
@@ -188,6 +201,7 @@ def op_cases(shapes: Sequence[StageShape] = ODD_SHAPES) -> list[Case]:
             Case("lpu", s.name, partial(LPU, s), x),
             Case("lmhsa", s.name, partial(LMHSASubLayer, s), x, stateful=s.sr_ratio > 1),
             Case("irffn", s.name, partial(IRFFNSubLayer, s), x, stateful=True),
+            Case("irffn_lpu", s.name, partial(IRFFNLPUSubLayer, s), x, stateful=True),
         ]
         if s.sr_ratio > 1:
             cases.append(Case("depthwise_reduce", s.name, partial(DepthwiseReduce, s), x))

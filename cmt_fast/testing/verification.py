@@ -22,7 +22,17 @@ from cmt_fast.testing.results import error_line
 from cmt_fast.testing.tolerance import compare
 
 #: What can be verified: the operations of ``cmt_fast.functional``; ``cmt``, the whole model; steps of packed models, and these as a whole.
-OPS = ("depthwise_conv3x3", "depthwise_reduce", "reduced_kv_attention", "lpu", "lmhsa", "irffn", "cmt", *PACKED_OPS)
+OPS = (
+    "depthwise_conv3x3",
+    "depthwise_reduce",
+    "reduced_kv_attention",
+    "lpu",
+    "lmhsa",
+    "irffn",
+    "irffn_lpu",
+    "cmt",
+    *PACKED_OPS,
+)
 DTYPES = ("float64", "float32", "bfloat16", "float16", "autocast-bfloat16", "autocast-float16")
 
 Results = dict[str, Tensor]
