@@ -16,7 +16,6 @@ from test_irffn_train import (
     error,
     expected_of,
     gradient,
-    in_two_processes,
     parts,
     results,
 )
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 import cmt_fast
 from cmt_fast import functional
-from cmt_fast.modules import Block, convert_sync_batchnorm
+from cmt_fast.modules import Block
 from cmt_fast.modules.block import run_blocks
 from cmt_fast.ops import checks
 from cmt_fast.ops._triton.launch import record_launches
@@ -112,10 +111,9 @@ def by_kernels(y, n3, factor, shortcut, weight, bias, grad) -> Tensors:
     return {"lpu": lpu, "dout": dout, "sums": s3.view(2, c)} | gradients
 
 
-def failures(*call: Tensor | None) -> list[str]:
+def failures(actual: Tensors, *call: Tensor | None) -> list[str]:
     """By the policy. Under autocast plain PyTorch convolves in 16 bits, the kernels in float32, as the LPU's own do."""
-    exact, plain, actual = in_pytorch(*call, dtype=torch.float64), in_pytorch(*call), by_kernels(*call)
-    low = call[0].dtype
+    exact, plain, low = in_pytorch(*call, dtype=torch.float64), in_pytorch(*call), call[0].dtype
     found = [
         compare(name, actual[name], exact[name], plain[name], backward=name != "lpu", dtype=low, scale=scale_of(call))
         for name in exact
@@ -132,7 +130,7 @@ def separate(y, n3, factor, shortcut, weight, bias, grad) -> Tensors:
     """What the operations do that are joined, one after the other."""
     out = train_schema.output(y, n3, factor, shortcut)
     lpu = conv3x3_fwd_triton(out, weight, bias, True)
-    return {"lpu": lpu, "dout": conv3x3_bwd_triton(grad, out, weight, True, True, True, True)[0]}
+    return {"lpu": lpu, "dout": conv3x3_bwd_triton(grad, out, weight, True, True, False, False)[0]}
 
 
 DTYPES = {
@@ -146,22 +144,23 @@ DTYPES = {
 def test_random_shapes(part, monkeypatch):
     generator = torch.Generator().manual_seed(part)
     for _ in range(10):
-        monkeypatch.setattr(configs, "PROGRAMS_WITH_SUMS", (1, 4, 32)[draw(generator, 0, 2)])
+        monkeypatch.setattr(configs, "PROGRAMS_WITH_SUMS", (1, 3, 8)[draw(generator, 0, 2)])
         forget()
-        shape = (draw(generator, 1, 4), draw(generator, 1, 9), draw(generator, 1, 7), draw(generator, 1, 20))
+        shape = (draw(generator, 1, 4), draw(generator, 1, 7), draw(generator, 1, 6), draw(generator, 1, 20))
         dtypes = list(DTYPES.values())[draw(generator, 0, 2)]
         without = {name: draw(generator, 0, 3) == 0 for name in ("factor", "bias")}
         call = operands(generator, shape, *dtypes, **without)
-        assert failures(*call) == [], (shape, dtypes, without)
         joined = by_kernels(*call)
+        assert failures(joined, *call) == [], (shape, dtypes, without)
         for name, tensor in separate(*call).items():
             assert torch.equal(joined[name], tensor), f"{name} of {shape}, {dtypes}: the joined kernel rounds otherwise"
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 4, 70), (1, 1, 9, 65), (1, 9, 1, 129), (9, 1, 1, 3), (1, 1, 2, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 2, 7, 70), (1, 1, 9, 65), (1, 9, 1, 66), (9, 1, 1, 3), (1, 1, 2, 1)], ids=str)
 def test_edges(shape):
-    """More channels than a tile has, one row, one column, one pixel."""
-    assert failures(*operands(torch.Generator().manual_seed(0), shape, torch.float16, torch.float16)) == []
+    """More channels and columns than a tile has, one row, one column, one pixel."""
+    call = operands(torch.Generator().manual_seed(0), shape, torch.float16, torch.float16)
+    assert failures(by_kernels(*call), *call) == []
 
 
 def test_strides_of_every_operand():
@@ -355,23 +354,6 @@ def test_compiles_into_one_graph():
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
-def worker(rank: int) -> Tensors:
-    layer, x = made(4, 2, 3, 4, hidden=5)
-    part = slice(0, 3) if rank == 0 else slice(3, 4)  # batches of different sizes
-    with cmt_fast.use_backend("triton"):
-        return results(convert_sync_batchnorm(layer), x[part], gradient(x)[part])
-
-
-def test_two_processes_are_one(tmp_path):
-    """BatchNorm 3's sums are those of both."""
-    layer, x = made(4, 2, 3, 4, hidden=5)
-    expected, found = results(layer, x), in_two_processes(worker, tmp_path)
-    for name in ("output", "x"):
-        torch.testing.assert_close(torch.cat([part[name] for part in found]), expected[name])
-    for name in ("conv.weight", "conv.bias", "mlp.conv2.1.weight"):
-        torch.testing.assert_close(found[0][name] + found[1][name], expected[name])
-
-
 # ---- when it is chosen ---------------------------------------------------------------------------------------------------------
 
 BOTH = {("irffn", "triton"): 1, ("lpu", "triton"): 1}
@@ -401,7 +383,7 @@ def test_where_it_cannot_run_each_part_chooses():
     assert explained(Adapter(5, 5, 3, **LPU)) == {("irffn", "triton"): 1, ("lpu", "reference"): 1}
     with pytest.raises(cmt_fast.BackendError, match="cannot run lpu: conv is a Adapter, not a plain Conv2d"):
         explained(Adapter(5, 5, 3, **LPU), "triton")
-    with pytest.raises(cmt_fast.BackendError, match="cannot run irffn: drop drops with p = 0.5"):
+    with pytest.raises(cmt_fast.BackendError, match=r"cannot run irffn: drop drops with p = 0\.5"):
         explained(conv, "triton", drop=nn.Dropout(0.5))
 
 
@@ -470,9 +452,10 @@ def mutant_fails(monkeypatch, tmp_path, old: str, new: str) -> bool:
     (changed,) = mutate(monkeypatch, tmp_path, [kernels], old, new)
     for name in ("output_lpu_kernel", "output_lpu_gradient_kernel"):
         monkeypatch.setattr(launchers, name, getattr(changed, name))
-    monkeypatch.setattr(configs, "PROGRAMS_WITH_SUMS", 64)  # several strips
+    monkeypatch.setattr(configs, "PROGRAMS_WITH_SUMS", 2)  # two strips of several rows
     forget()
-    return bool(failures(*operands(torch.Generator().manual_seed(0), (3, 9, 3, 4), torch.float32, torch.float32)))
+    call = operands(torch.Generator().manual_seed(0), (3, 9, 3, 4), torch.float32, torch.float32)
+    return bool(failures(by_kernels(*call), *call))
 
 
 def test_without_a_mutation(monkeypatch, tmp_path):
