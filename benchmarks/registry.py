@@ -55,5 +55,6 @@ OPS = {
         OpBenchmark("lpu", _case("lpu")),
         OpBenchmark("lmhsa", _case("lmhsa")),
         OpBenchmark("irffn", _case("irffn")),
+        OpBenchmark("irffn_lpu", _case("irffn_lpu")),
     )
 }

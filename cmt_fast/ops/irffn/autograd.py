@@ -61,8 +61,8 @@ class IRFFNFunction(torch.autograd.Function):
     Takes x (B, H, W, C), contiguous; the factor (B,) of each image's branch, or None for 1; six tensors, running mean and variance of each
     BatchNorm, or None where the batch's statistics shall serve; :class:`Options`; and the :class:`Parameters` one by one.
 
-    Kept for the backward pass: x, u, y, without ``recompute`` h, and vectors; with or without an LPU, whose input is made on load. Gradients are computed only where they are needed, once: they cannot be
-    differentiated again.
+    Kept for the backward pass: x, u, y, without ``recompute`` h, and vectors, with or without an LPU, whose input is made again on load. Gradients are
+    computed only where they are needed, once: they cannot be differentiated again.
     """
 
     @staticmethod
