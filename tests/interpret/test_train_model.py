@@ -59,7 +59,9 @@ class Golden:
             self.tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         blocks, stages = sum(self.config["depths"]), len(self.config["depths"])
         self.calls = dict(lmhsa=blocks, activated_conv=3, layer_norm=4)
-        self.calls |= dict(lpu=stages, irffn=stages, irffn_lpu=blocks - stages)  # the first LPU and the last IRFFN of a stage stand alone
+        self.calls |= dict(
+            lpu=stages, irffn=stages, irffn_lpu=blocks - stages
+        )  # the first LPU and the last IRFFN of a stage stand alone
 
     def part(self, prefix: str) -> Tensors:
         return {key.removeprefix(prefix): t for key, t in self.tensors.items() if key.startswith(prefix)}
