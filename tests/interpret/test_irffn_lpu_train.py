@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from expected import compared, error, expected_of
 from mutation import mutate
 from test_irffn_train import (
     Adapter,
@@ -13,8 +14,6 @@ from test_irffn_train import (
     SubLayer,
     assert_equal,
     draw,
-    error,
-    expected_of,
     gradient,
     parts,
     results,
@@ -34,9 +33,7 @@ from cmt_fast.ops.irffn import triton_output_lpu_kernels as kernels
 from cmt_fast.ops.irffn import triton_output_lpu_launch as launchers
 from cmt_fast.testing.inputs import Case, randomise
 from cmt_fast.testing.poison import poisoned_empty
-from cmt_fast.testing.precision import precision
-from cmt_fast.testing.tolerance import compare
-from cmt_fast.testing.verification import run
+from cmt_fast.testing.tolerance import Comparison, compare
 
 Tensors = dict[str, Tensor]
 
@@ -238,21 +235,13 @@ def made(*shape: int, hidden: int = 6, dtype: torch.dtype = torch.float32, **opt
 )
 def test_beside_float64(shape, options, dtype, training):
     """Output, gradients and buffers."""
-    x = {"x": shape}
-    case, p = Case("irffn_lpu", str(shape), partial(Joined, shape[3], 8, **options), x, stateful=True), precision(dtype)
-    exact, plain = expected_of(case, dtype, training)
-    module, inputs = case.instance(p)
-    with poisoned_empty():
-        calls = cmt_fast.explain(lambda: module(**inputs)).calls if p.autocast is None else None
-        module, inputs = case.instance(p)
-        actual = run(module.train(training), inputs, p, backend="triton")
-    assert calls in (None, {("irffn_lpu", "triton"): 1})
-    assert actual.keys() == exact.keys() and len(actual) == 27 - (not options.get("bias", True))
-    for name, tensor in actual.items():
-        beside = exact.get(name.removesuffix("bias") + "weight") if name.endswith("bias") else None
-        scale = None if beside is None else beside.abs().max().item()
-        backward = name.startswith("grad ")
-        result = compare(name, tensor, exact[name], plain[name], backward=backward, dtype=p.low, scale=scale)
+    case = Case("irffn_lpu", str(shape), partial(Joined, shape[3], 8, **options), {"x": shape}, stateful=True)
+    found: list[Comparison] = []
+    expected = expected_of(case, dtype, training)
+    calls = cmt_fast.explain(lambda: found.extend(compared(case, dtype, training, expected))).calls
+    assert calls == {("irffn_lpu", "triton"): 1}
+    assert len(found) == 27 - (not options.get("bias", True))
+    for result in found:
         assert result.passed, str(result)
 
 
