@@ -297,7 +297,7 @@ def test_frozen_parts(name):
         assert torch.equal(found[tensor_name], expected[tensor_name]), tensor_name
     ran = [launch.kernel.__name__ for launch in launched]
     assert ran.count("output_lpu_gradient_kernel") == 1 and "output_sums_kernel" not in ran
-    assert ("output_gradient_kernel" in ran) == needs_x
+    assert ("dw_gradient_kernel" in ran) == needs_x
 
 
 def test_kept_for_the_backward_pass():
