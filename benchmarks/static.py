@@ -168,7 +168,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for arch in options.arch or list(ARCHITECTURES)
         for variant in options.variant or list(VARIANTS)
         for batch in options.batch or [1, 256]
-        for shape in stage_shapes(variant, batch)
+        for stage, shape in zip("abcd", stage_shapes(variant, batch))
+        if stage in options.stages
         for kernel in options.kernel or list(LAUNCHES)
         for dtype in options.dtype or ["bfloat16"]
         for row in rows(kernel, shape, dtype, arch)
@@ -220,6 +221,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m benchmarks.static", description=__doc__)
     parser.add_argument("--kernel", action="append", choices=LAUNCHES, help="may be repeated; all by default")
     parser.add_argument("--variant", action="append", choices=VARIANTS, help="may be repeated; all by default")
+    parser.add_argument("--stages", default="abcd", help="such as ad; all by default")
     parser.add_argument("--arch", action="append", type=_arch, help="sm_80, sm_90, sm_100 or sm_120; all by default")
     parser.add_argument("--batch", action="append", type=int, help="may be repeated; 1 and 256 by default")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="may be repeated; bfloat16 by default")

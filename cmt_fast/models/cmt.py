@@ -248,7 +248,10 @@ class CMT(nn.Module):
     # ---- forward -----------------------------------------------------------------------------------------------------
 
     def forward_stem(self, x: Tensor) -> Tensor:
-        """Three 3x3 convolutions, each followed by GELU and BatchNorm. (B, in_chans, H, W) -> (B, stem, H / 2, W / 2)."""
+        """Three 3x3 convolutions, each followed by GELU and BatchNorm. (B, in_chans, H, W) -> (B, stem, H / 2, W / 2).
+
+        A part for those who want it alone: :meth:`forward` gives the last GELU and BatchNorm to the first patch embedding.
+        """
         return self.stem_norm3(self.stem_relu3(self._stem_convolutions(x)))
 
     def forward_stage(

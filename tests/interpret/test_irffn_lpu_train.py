@@ -7,8 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from expected import compared, error, expected_of
-from mutation import mutate
-from test_irffn_train import (
+from irffn_layers import (
     Adapter,
     Factors,
     SubLayer,
@@ -18,6 +17,7 @@ from test_irffn_train import (
     parts,
     results,
 )
+from mutation import mutate
 from torch import Tensor, nn
 
 import cmt_fast

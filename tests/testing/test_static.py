@@ -33,15 +33,26 @@ def table(folder: Path, *options: str) -> list[dict]:
 INFERENCE = {"stem", "patch_embed", "lpu", "attention", "expand", "depthwise_project", "head"}
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton, not installed here")
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_limits_of_cmt_s(tmp_path, arch, monkeypatch):
+def training(monkeypatch) -> set[str]:
     monkeypatch.syspath_prepend(ROOT)
-    known = importlib.import_module("benchmarks.launches").LAUNCHES
-    kernels = [f"--kernel={kernel}" for kernel in known if arch == 90 or kernel in INFERENCE]
-    rows = table(tmp_path, "--variant", "cmt_s", "--arch", f"sm_{arch}", "--batch", "256", *kernels)
-    assert {row["kernel"] for row in rows} >= INFERENCE
-    assert {row["stage"] for row in rows} == set("abcd")
+    return set(importlib.import_module("benchmarks.launches").LAUNCHES) - INFERENCE
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton, not installed here")
+@pytest.mark.parametrize(
+    ("arch", "kernels", "stages"),
+    [
+        (90, "inference", "abcd"),
+        (90, "training", "acd"),  # b lies between
+        *((arch, "inference", "ad") for arch in ARCHITECTURES if arch != 90),
+    ],
+)
+def test_limits_of_cmt_s(tmp_path, arch, kernels, stages, monkeypatch):
+    names = INFERENCE if kernels == "inference" else training(monkeypatch)
+    asked = [f"--kernel={name}" for name in sorted(names)]
+    rows = table(tmp_path, "--variant", "cmt_s", "--arch", f"sm_{arch}", "--batch", "256", "--stages", stages, *asked)
+    assert {row["kernel"] for row in rows} == names
+    assert {row["stage"] for row in rows} == set(stages)
     for row in rows:
         where = f"{row['kernel']} of stage {row['stage']} on sm_{arch}: {row}"
         assert row["shared"] <= ARCHITECTURES[arch].shared_memory, where

@@ -34,7 +34,7 @@ from cmt_fast.ops._triton.sliding import (
     slide,
     store_sums,
 )
-from cmt_fast.ops._triton.tiles import load_tile, store_tile
+from cmt_fast.ops._triton.tiles import load_tile, map_tile, store_tile
 
 # ---- forward -----------------------------------------------------------------------------------------------------------------
 
@@ -218,7 +218,7 @@ def output_kernel(
         factor: (images,), of the branch of each image of ``pixels`` pixels; or None for 1.
         shortcut: (rows, C), or None.
     """
-    row, c, offset, inside = _elements(rows, C, BLOCK_N, BLOCK_C)
+    _, row, c, offset, inside = map_tile(rows, C, BLOCK_N, BLOCK_C)
     branch = batch_norm(tl.load(y + offset, inside, 0.0).to(tl.float32), n3, c, C)
     if factor is not None:
         branch *= tl.load(factor + row // pixels, row < rows, 0.0).to(tl.float32)
@@ -276,7 +276,7 @@ def output_gradient_kernel(
     Args:
         grad: (rows, C), of ``out``. factor, pixels: of ``output_kernel``.
     """
-    row, c, offset, inside = _elements(rows, C, BLOCK_N, BLOCK_C)
+    _, row, c, offset, inside = map_tile(rows, C, BLOCK_N, BLOCK_C)
     tile = _output_gradient(grad, y, n3, s3, factor, row, c, rows, pixels, offset, inside, C)
     tl.store(dy + offset, tile.to(dy.dtype.element_ty), inside)
 
@@ -691,15 +691,6 @@ def _store_products(
     inside = (o < OUT)[:, None] & (i < IN)[None, :]
     tl.store(products + program * (OUT * IN) + o[:, None] * IN + i[None, :], total, inside)
     tl.store(biases + program * OUT + o, bias, o < OUT)  # programs of other inputs store the same
-
-
-@triton.jit
-def _elements(rows, C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The tile of a map (rows, C) of this program: rows (BLOCK_N, 1), channels (BLOCK_C,), offsets, and which are inside."""
-    tiles = tl.cdiv(C, BLOCK_C)
-    row = tl.program_id(0) // tiles * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
-    c = tl.program_id(0) % tiles * BLOCK_C + tl.arange(0, BLOCK_C)
-    return row, c, row.to(tl.int64) * C + c[None, :], (row < rows) & (c < C)[None, :]
 
 
 @triton.jit
