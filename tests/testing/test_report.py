@@ -39,7 +39,7 @@ def parts(module, tmp_path):
     measurement, store = module("report.measurement"), module("store")
     clock, ran = Clock(), []
 
-    def section(title, names, share=1.0, seconds=10.0, wrong=()):
+    def section(title, names, share=1.0, seconds=10.0, wrong=(), expected=None):
         def run(name):
             ran.append(name)
             clock.now += seconds
@@ -51,7 +51,7 @@ def parts(module, tmp_path):
 
         def plan():
             for name in names:
-                yield measurement.Measurement(name, lambda name=name: run(name), seconds)
+                yield measurement.Measurement(name, lambda name=name: run(name), expected or seconds)
 
         return measurement.Section(title, plan, share)
 
@@ -84,6 +84,12 @@ def test_every_section_gets_its_share_before_any_gets_more(parts):
     assert clock.now <= 45.0
     assert first.state["a"]["missing"] == ["a4"] and first.state["b"]["missing"] == ["b2"]
     assert report().run(sections, 1000.0) and sorted(ran) == ["a1", "a2", "a3", "a4", "b1", "b2"]
+
+
+def test_what_takes_longer_than_expected_is_expected_of_the_next(parts):
+    section, report, ran, clock = parts
+    assert not report().run({"a": section("A", ["a1", "a2", "a3"], expected=5.0)}, 26.0)
+    assert ran == ["a1", "a2"] and clock.now <= 26.0, "a third would not end, though 5 s were expected of it"
 
 
 def test_what_fails_is_told_and_tried_again(parts):
