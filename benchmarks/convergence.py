@@ -142,13 +142,17 @@ def run_all(
 ) -> None:
     """Every run that the file does not have yet, seed by seed, so that what is there at any time is paired."""
     wanted = [(seed, setting) for seed in range(seeds) for setting in settings]
-    done = {(key(row), json.dumps(row["recipe"], sort_keys=True)) for row in results.data["rows"]}
+
+    def identity(row: Row) -> tuple[Any, str]:
+        return key(row), json.dumps(row["recipe"], sort_keys=True)
+
+    done = {identity(row) for row in results.data["rows"]}
     with bar(console) as report:
         for i, (seed, setting) in enumerate(wanted):
             with tempfile.TemporaryDirectory() as folder:
                 config = TrainConfig(**{**recipe, **SETTINGS[setting], "seed": seed, "output": folder})
                 row = _about(config, setting)
-                if (key(row), json.dumps(row["recipe"], sort_keys=True)) not in done:
+                if identity(row) not in done:
                     row |= train(config, _Watch(report, f"seed {seed}, {setting}", i, len(wanted)))
                     results.add(row)
                     numbers = ", ".join(f"{name} {row[name]:.4f}" for name in QUANTITIES)

@@ -96,3 +96,11 @@ def not_plain(name: str, module: nn.Module | None, *kinds: type[nn.Module]) -> l
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         reasons.append(f"{name} has hooks, which only the reference calls")
     return reasons
+
+
+def second_derivative_error(name: str) -> RuntimeError:
+    """For the backward pass of a fused function whose gradients cannot be differentiated, where they would have to be."""
+    return RuntimeError(
+        f"the fused {name} can be differentiated once, but create_graph=True was asked for: run the model with "
+        'cmt_fast.use_backend("reference")'
+    )

@@ -1,12 +1,18 @@
-"""An IRFFN with what a block puts around it, for the tests of its training kernels, and what a step of it gives."""
+"""An IRFFN with what a block puts around it, for the tests of its training kernels."""
 
-import copy
+import contextlib
+from collections.abc import Iterator
 
+import pytest
 import torch
+from layers import made
 from torch import Tensor, nn
 
+import cmt_fast
 from cmt_fast.modules import IRFFN
-from cmt_fast.testing.inputs import randomise
+from cmt_fast.ops import checks
+from cmt_fast.ops.depthwise import configs
+from cmt_fast.ops.irffn import train_configs
 
 
 class Factors(nn.Module):
@@ -47,46 +53,33 @@ class SubLayer(nn.Module):
         return self.mlp(x.flatten(1, 2), *x.shape[1:3], **around).unflatten(1, x.shape[1:3])
 
 
-def draw(generator: torch.Generator, low: int, high: int) -> int:
-    return int(torch.randint(low, high + 1, (), generator=generator))
-
-
-def made(*shape: int, hidden: int, dtype: torch.dtype = torch.float32, **options) -> tuple[SubLayer, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    layer = randomise(SubLayer(shape[3], hidden, **options), generator).to(dtype)
-    return layer, torch.randn(shape, generator=generator).to(dtype)
-
-
-def gradient(out: Tensor) -> Tensor:
-    """Of an output, the same each time."""
-    return torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
-
-
-def results(layer: nn.Module, x: Tensor, grad: Tensor | None = None) -> dict[str, Tensor]:
-    """Output, gradients that there are, and buffers, of a copy in its mode; buffers of ``layer`` itself stay."""
-    layer, leaf = copy.deepcopy(layer), x.detach().clone()
-    needs_x = x.requires_grad or all(p.requires_grad for p in layer.parameters())
-    out = layer(leaf.requires_grad_(needs_x))
-    if out.requires_grad:
-        out.backward(gradient(out) if grad is None else grad)
-    found = {"output": out.detach(), "x": leaf.grad} | {name: p.grad for name, p in layer.named_parameters()}
-    return {name: g for name, g in found.items() if g is not None} | dict(layer.named_buffers())
-
-
-def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, tensor in found.items():
-        assert torch.equal(tensor, expected[name]), name
-
-
-class Adapter(nn.Conv2d):
-    """A subclass may compute anything."""
+def made_layer(*shape: int, hidden: int, dtype: torch.dtype = torch.float32, **options) -> tuple[SubLayer, Tensor]:
+    return made(SubLayer(shape[3], hidden, **options), *shape, dtype=dtype)
 
 
 def parts(**changes) -> dict:
-    layer, _ = made(2, 3, 4, 5, hidden=6)
+    layer, _ = made_layer(2, 3, 4, 5, hidden=6)
     (expand, act1, bn1), (project, bn3) = layer.mlp.conv1, layer.mlp.conv2
     return dict(
         expand=expand, act1=act1, bn1=bn1, dw=layer.mlp.proj, act2=layer.mlp.proj_act, bn2=layer.mlp.proj_bn,
         project=project, bn3=bn3, norm=layer.norm,
     ) | changes  # fmt: skip
+
+
+@contextlib.contextmanager
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The Triton kernels on tiles as for small grids of few programs, which take less time here; ``Factors`` is a drop path."""
+    monkeypatch.setattr(train_configs, "PROGRAMS", 2)
+    monkeypatch.setattr(checks, "PLAIN_DROP_PATHS", [*checks.PLAIN_DROP_PATHS, Factors])
+    monkeypatch.setattr("cmt_fast.ops.parts.PLAIN_DROP_PATHS", checks.PLAIN_DROP_PATHS)
+    forget()
+    with cmt_fast.use_backend("triton"):
+        yield
+    forget()
+
+
+def forget() -> None:
+    """What tiles were chosen."""
+    for name in ("product_config", "expand_input_config", "weight_config", "strip_config"):
+        getattr(train_configs, name).cache_clear()
+    configs.conv3x3_backward_config.cache_clear()

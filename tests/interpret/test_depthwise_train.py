@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from layers import draw
 from mutation import mutate
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -49,10 +50,6 @@ def on(monkeypatch):
     yield set_limits
     monkeypatch.undo()
     forget()
-
-
-def draw(generator: torch.Generator, low: int, high: int) -> int:
-    return int(torch.randint(low, high + 1, (), generator=generator))
 
 
 @dataclasses.dataclass

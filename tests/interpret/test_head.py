@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from layers import draw
 from mutation import mutate
 
 import cmt_fast
@@ -25,10 +26,6 @@ def insist():
     """A call that the kernels cannot run is an error here."""
     with cmt_fast.use_backend("triton"):
         yield
-
-
-def draw(generator: torch.Generator, low: int, high: int) -> int:
-    return int(torch.randint(low, high + 1, (), generator=generator))
 
 
 def compared(call: HeadCall) -> Comparison:

@@ -7,16 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from expected import compared, error, expected_of
-from irffn_layers import (
-    Adapter,
-    Factors,
-    SubLayer,
-    assert_equal,
-    draw,
-    gradient,
-    parts,
-    results,
-)
+from irffn_layers import Factors, SubLayer, few_programs, forget, parts
+from layers import Adapter, assert_equal, draw, gradient, made, results
 from mutation import mutate
 from torch import Tensor, nn
 
@@ -24,11 +16,10 @@ import cmt_fast
 from cmt_fast import functional
 from cmt_fast.modules import Block
 from cmt_fast.modules.block import run_blocks
-from cmt_fast.ops import checks
 from cmt_fast.ops._triton.launch import record_launches
 from cmt_fast.ops.depthwise import configs
 from cmt_fast.ops.depthwise.schema import conv3x3_bwd_triton, conv3x3_fwd_triton
-from cmt_fast.ops.irffn import output_lpu_schema, train_configs, train_schema
+from cmt_fast.ops.irffn import output_lpu_schema, train_schema
 from cmt_fast.ops.irffn import triton_output_lpu_kernels as kernels
 from cmt_fast.ops.irffn import triton_output_lpu_launch as launchers
 from cmt_fast.testing.inputs import Case, randomise
@@ -39,23 +30,10 @@ Tensors = dict[str, Tensor]
 
 
 @pytest.fixture(autouse=True)
-def few_programs(monkeypatch):
-    """Tiles as for small grids of few programs, which take less time here; ``Factors`` is a drop path."""
-    monkeypatch.setattr(train_configs, "PROGRAMS", 2)
+def small(monkeypatch):
     monkeypatch.setattr(configs, "PROGRAMS_WITH_SUMS", 2)
-    monkeypatch.setattr(checks, "PLAIN_DROP_PATHS", [*checks.PLAIN_DROP_PATHS, Factors])
-    monkeypatch.setattr("cmt_fast.ops.parts.PLAIN_DROP_PATHS", checks.PLAIN_DROP_PATHS)
-    forget()
-    with cmt_fast.use_backend("triton"):
+    with few_programs(monkeypatch):
         yield
-    forget()
-
-
-def forget() -> None:
-    """What tiles were chosen."""
-    for config in (train_configs.product_config, train_configs.weight_config, train_configs.strip_config):
-        config.cache_clear()
-    configs.conv3x3_backward_config.cache_clear()
 
 
 # ---- the kernels beside float64, and beside those that they join ------------------------------------------------------------
@@ -216,10 +194,8 @@ class Separate(Joined):
         return functional.lpu(SubLayer.forward(self, x), self.conv)
 
 
-def made(*shape: int, hidden: int = 6, dtype: torch.dtype = torch.float32, **options) -> tuple[Joined, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    layer = randomise(Joined(shape[3], hidden, **options), generator).to(dtype)
-    return layer, torch.randn(shape, generator=generator).to(dtype)
+def made_pair(*shape: int, hidden: int = 6, dtype: torch.dtype = torch.float32, **options) -> tuple[Joined, Tensor]:
+    return made(Joined(shape[3], hidden, **options), *shape, dtype=dtype)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +222,7 @@ def test_beside_float64(shape, options, dtype, training):
 
 
 def test_a_run_repeats_bit_for_bit_with_any_strides_of_its_gradient():
-    layer, x = made(2, 3, 5, 6, drop_path=Factors())
+    layer, x = made_pair(2, 3, 5, 6, drop_path=Factors())
     expected = results(layer, x)
     grad = gradient(expected["output"])
     assert_equal(results(layer, x, grad.permute(2, 0, 3, 1).contiguous().permute(1, 3, 0, 2)), expected)
@@ -257,7 +233,7 @@ def test_a_run_repeats_bit_for_bit_with_any_strides_of_its_gradient():
 @pytest.mark.parametrize("stream", [torch.float32, torch.float16], ids=str)
 def test_it_is_the_two_operations(stream):
     """Outputs and statistics bit for bit, also under autocast with a stream of either width; sums are cut otherwise."""
-    layer, x = made(3, 3, 4, 5, drop_path=Factors())
+    layer, x = made_pair(3, 3, 4, 5, drop_path=Factors())
     other = copy.deepcopy(layer)
     other.__class__ = Separate
     with torch.autocast("cpu", torch.float16):
@@ -285,7 +261,7 @@ FROZEN = {
 def test_frozen_parts(name):
     """Nobody pays for them, and everything else gets the same bits."""
     frozen, needs_x = FROZEN[name]
-    layer, x = made(2, 2, 3, 4)
+    layer, x = made_pair(2, 2, 3, 4)
     expected = results(layer, x)
     for parameter_name, parameter in layer.named_parameters():
         parameter.requires_grad_(not frozen(parameter_name))
@@ -316,7 +292,7 @@ def test_kept_for_the_backward_pass():
         assert out.requires_grad
         return sum(found.values())
 
-    layer, x = made(2, 3, 4, 6, hidden=12)
+    layer, x = made_pair(2, 3, 4, 6, hidden=12)
     joined = kept(layer, x)
     layer.__class__ = SubLayer
     assert kept(layer, x) == joined
@@ -325,13 +301,13 @@ def test_kept_for_the_backward_pass():
 
 
 def test_second_derivatives_are_refused():
-    layer, x = made(2, 2, 3, 4)
+    layer, x = made_pair(2, 2, 3, 4)
     with pytest.raises(RuntimeError, match=r"can be differentiated once.*use_backend\(\"reference\"\)"):
         torch.autograd.grad(layer(x.requires_grad_()).sum(), x, create_graph=True)
 
 
 def test_compiles_into_one_graph():
-    layer, x = made(2, 2, 2, 3, hidden=4)
+    layer, x = made_pair(2, 2, 2, 3, hidden=4)
     compiled = copy.deepcopy(layer)
     compiled.forward = torch.compile(Joined.forward, fullgraph=True, backend="aot_eager").__get__(compiled)
     out, leaf = layer(x.requires_grad_()), x.detach().clone().requires_grad_()

@@ -7,7 +7,8 @@ from functools import partial
 import pytest
 import torch
 from expected import compared, expected_of
-from irffn_layers import Adapter, Factors, SubLayer, assert_equal, draw, gradient, made, parts, results
+from irffn_layers import Factors, SubLayer, few_programs, forget, made_layer, parts
+from layers import Adapter, assert_equal, draw, gradient, results
 from mutation import mutate
 from processes import in_two_processes
 from torch import Tensor, nn
@@ -16,27 +17,15 @@ from torch.utils import checkpoint
 import cmt_fast
 from cmt_fast import functional
 from cmt_fast.modules import DropPath, convert_sync_batchnorm
-from cmt_fast.ops import checks
+from cmt_fast.ops._triton import batch_norm
 from cmt_fast.ops.irffn import train_configs, train_schema, triton_train_kernels, triton_train_launch
 from cmt_fast.testing.inputs import Case
 
 
 @pytest.fixture(autouse=True)
-def few_programs(monkeypatch):
-    """Tiles as for small grids of few programs, which take less time here; ``Factors`` is a drop path."""
-    monkeypatch.setattr(train_configs, "PROGRAMS", 2)
-    monkeypatch.setattr(checks, "PLAIN_DROP_PATHS", [*checks.PLAIN_DROP_PATHS, Factors])
-    monkeypatch.setattr("cmt_fast.ops.parts.PLAIN_DROP_PATHS", checks.PLAIN_DROP_PATHS)
-    forget()
-    with cmt_fast.use_backend("triton"):
+def small(monkeypatch):
+    with few_programs(monkeypatch):
         yield
-    forget()
-
-
-def forget() -> None:
-    """What tiles were chosen."""
-    for name in ("product_config", "expand_input_config", "weight_config", "strip_config"):
-        getattr(train_configs, name).cache_clear()
 
 
 def case(*shape: int, hidden: int, strided: bool = False, **options) -> Case:
@@ -110,7 +99,7 @@ def test_one_norm_frozen():
 
 def test_large_means_do_not_cancel():
     """Channels whose values are far from 0 beside their spread: moments are merged, not sums of squares."""
-    layer, x = made(2, 4, 5, 6, hidden=7)
+    layer, x = made_layer(2, 4, 5, 6, hidden=7)
     with torch.no_grad():
         layer.mlp.conv1[0].bias += 1000.0
         layer.mlp.proj.bias += 1000.0
@@ -128,7 +117,7 @@ def test_large_means_do_not_cancel():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_recomputing_changes_no_bit_and_a_run_repeats(dtype):
-    layer, x = made(2, 3, 3, 6, hidden=9, dtype=dtype, drop_path=Factors())
+    layer, x = made_layer(2, 3, 3, 6, hidden=9, dtype=dtype, drop_path=Factors())
     expected = results(layer, x)
     assert_equal(results(layer, x), expected)
     layer.mlp.recompute = True
@@ -149,7 +138,7 @@ SUBSETS = {
 
 @pytest.mark.parametrize("training", [True, False])
 def test_subsets_of_gradients(training):
-    layer, x = made(2, 2, 2, 3, hidden=4)
+    layer, x = made_layer(2, 2, 2, 3, hidden=4)
     layer.train(training)
     expected = results(layer, x)
     for i, wanted in enumerate(SUBSETS.values()):
@@ -181,7 +170,7 @@ def against_reference(layer: SubLayer, x: Tensor, steps: int = 2) -> None:
 
 
 def test_cumulative_average():
-    layer, x = made(2, 3, 4, 5, hidden=6)
+    layer, x = made_layer(2, 3, 4, 5, hidden=6)
     for bn in (layer.mlp.conv1[2], layer.mlp.proj_bn, layer.mlp.conv2[1]):
         bn.momentum = None
     against_reference(layer, x, steps=3)
@@ -189,7 +178,7 @@ def test_cumulative_average():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_no_running_statistics(training):
-    layer, x = made(2, 3, 4, 5, hidden=6)
+    layer, x = made_layer(2, 3, 4, 5, hidden=6)
     layer.mlp.proj_bn = nn.BatchNorm2d(6, track_running_stats=False, affine=False)
     layer.mlp.conv1[2] = nn.BatchNorm2d(6, affine=False)
     layer.train(training)
@@ -199,7 +188,7 @@ def test_no_running_statistics(training):
 
 
 def test_one_value_a_channel_is_an_error_of_training_alone():
-    layer, x = made(1, 1, 1, 5, hidden=6)
+    layer, x = made_layer(1, 1, 1, 5, hidden=6)
     with pytest.raises(ValueError, match="Expected more than 1 value per channel when training, got input size"):
         layer(x)
     layer.eval()
@@ -207,7 +196,7 @@ def test_one_value_a_channel_is_an_error_of_training_alone():
 
 
 def test_missing_biases_and_affine():
-    layer, x = made(2, 3, 4, 5, hidden=6)
+    layer, x = made_layer(2, 3, 4, 5, hidden=6)
     layer.mlp.conv1[0] = nn.Conv2d(5, 6, 1, bias=False)
     layer.mlp.proj = nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=False)
     layer.mlp.conv2[0] = nn.Conv2d(6, 5, 1, bias=False)
@@ -216,7 +205,7 @@ def test_missing_biases_and_affine():
 
 
 def test_drop_path_is_the_modules_own_draw():
-    layer, x = made(5, 2, 3, 4, hidden=6, drop_path=DropPath(0.5))
+    layer, x = made_layer(5, 2, 3, 4, hidden=6, drop_path=DropPath(0.5))
     torch.manual_seed(3)
     found = layer(x)
     torch.manual_seed(3)
@@ -230,12 +219,12 @@ def test_checkpointing_updates_statistics_once_or_as_plain_pytorch_does():
     """Recomputation stops after the function, before the statistics are updated; where it must not stop, they are updated again."""
 
     def buffers(backend: str, early_stop: bool) -> dict[str, Tensor]:
-        layer, x = made(2, 2, 2, 3, hidden=4)
+        layer, x = made_layer(2, 2, 2, 3, hidden=4)
         with cmt_fast.use_backend(backend), checkpoint.set_checkpoint_early_stop(early_stop):
             checkpoint.checkpoint(layer, x.requires_grad_(), use_reentrant=False).sum().backward()
         return dict(layer.named_buffers())
 
-    once = results(*made(2, 2, 2, 3, hidden=4))
+    once = results(*made_layer(2, 2, 2, 3, hidden=4))
     for name, buffer in buffers("triton", True).items():
         assert torch.equal(buffer, once[name])
     expected = buffers("reference", False)
@@ -247,7 +236,7 @@ def test_checkpointing_updates_statistics_once_or_as_plain_pytorch_does():
 
 
 def worker(rank: int) -> dict[str, Tensor]:
-    layer, x = made(4, 2, 3, 4, hidden=5)
+    layer, x = made_layer(4, 2, 3, 4, hidden=5)
     part = slice(0, 3) if rank == 0 else slice(3, 4)  # batches of different sizes
     with cmt_fast.use_backend("triton"):
         return results(convert_sync_batchnorm(layer), x[part], gradient(x)[part])
@@ -255,7 +244,7 @@ def worker(rank: int) -> dict[str, Tensor]:
 
 def test_two_processes_are_one(tmp_path):
     """Outputs and statistics are those of the whole batch, and gradients of the parameters add up to its."""
-    layer, x = made(4, 2, 3, 4, hidden=5)
+    layer, x = made_layer(4, 2, 3, 4, hidden=5)
     expected = results(layer, x)
     first, second = in_two_processes(worker, tmp_path)
     buffers = dict(layer.named_buffers())
@@ -274,7 +263,7 @@ def test_two_processes_are_one(tmp_path):
 
 
 def test_second_derivatives_are_refused():
-    layer, x = made(2, 2, 3, 4, hidden=5)
+    layer, x = made_layer(2, 2, 3, 4, hidden=5)
     out = layer(x.requires_grad_())
     with pytest.raises(RuntimeError, match=r"can be differentiated once.*use_backend\(\"reference\"\)"):
         torch.autograd.grad(out.sum(), x, create_graph=True)
@@ -283,7 +272,7 @@ def test_second_derivatives_are_refused():
 @pytest.mark.parametrize("recompute", [False, True])
 def test_kept_for_the_backward_pass(recompute):
     """x, u, y, and h unless it is recomputed; beside them, vectors and the parameters themselves."""
-    layer, x = made(2, 4, 5, 6, hidden=24)
+    layer, x = made_layer(2, 4, 5, 6, hidden=24)
     layer.mlp.recompute = recompute
     known = {p.data_ptr() for p in layer.parameters()}
     kept: dict[int, int] = {}
@@ -301,7 +290,7 @@ def test_kept_for_the_backward_pass(recompute):
 
 
 def test_compiles_into_one_graph():
-    layer, x = made(2, 2, 2, 3, hidden=4, drop_path=Factors())
+    layer, x = made_layer(2, 2, 2, 3, hidden=4, drop_path=Factors())
     compiled = copy.deepcopy(layer)
     compiled.forward = torch.compile(SubLayer.forward, fullgraph=True, backend="aot_eager").__get__(compiled)
     out, leaf = layer(x.requires_grad_()), x.detach().clone().requires_grad_()
@@ -354,7 +343,7 @@ def test_opcheck(dtype):
 
 
 def test_auto_takes_it_with_and_without_gradients():
-    layer, x = made(2, 3, 4, 5, hidden=6)
+    layer, x = made_layer(2, 3, 4, 5, hidden=6)
     cmt_fast.set_backend("auto")
     for training in (True, False):
         layer.train(training)
@@ -403,7 +392,7 @@ def test_reasons_of_the_call(monkeypatch):
     assert "the map of one image must have less than 2^31 elements" in message(huge)
     monkeypatch.setattr(train_configs, "MAX_CHANNELS", 4)
     assert "x must have at most 4 channels, got 5" in message(torch.randn(2, 3, 4, 5))
-    layer, x = made(2, 3, 4, 5, hidden=6)
+    layer, x = made_layer(2, 3, 4, 5, hidden=6)
     layer.mlp.conv1.register_forward_hook(lambda *_: None)
     with pytest.raises(cmt_fast.BackendError, match="expand is a Sequential, not a plain"):
         layer(x)
@@ -452,7 +441,7 @@ def expected_of_probe(probe: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]
 
 def failures(monkeypatch, tmp_path, old: str, new: str) -> list[str]:
     """What leaves the policy when the kernels' source is changed."""
-    (kernels,) = mutate(monkeypatch, tmp_path, [triton_train_kernels], old, new)
+    _, kernels = mutate(monkeypatch, tmp_path, [batch_norm, triton_train_kernels], old, new)
     for name in [name for name in vars(triton_train_launch) if name.endswith("_kernel")]:
         monkeypatch.setattr(triton_train_launch, name, getattr(kernels, name))
     for probe, (case_, programs, whole_row) in enumerate(PROBES):

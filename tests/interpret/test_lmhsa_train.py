@@ -9,6 +9,7 @@ from pathlib import Path
 import plain_lmhsa
 import pytest
 import torch
+from layers import draw
 from mutation import mutate
 from processes import in_two_processes
 from torch import Tensor, nn
@@ -59,10 +60,6 @@ def check(s: StageShape, p: str, training: bool, build=LMHSASubLayer) -> None:
     found = checks(s, p, training, build)
     assert len(found) >= 10
     assert all(c.passed for c in found), [str(c) for c in found if not c.passed]
-
-
-def draw(generator: torch.Generator, low: int, high: int) -> int:
-    return int(torch.randint(low, high + 1, (), generator=generator))
 
 
 # ---- against float64 -----------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from layers import draw
 from mutation import mutate
 from torch import Tensor
 
@@ -35,10 +36,6 @@ def insist():
 
 def shape(batch: int, height: int, width: int, dim: int, k: int) -> StageShape:
     return StageShape("", batch, height, width, dim, 1, dim, k)
-
-
-def draw(generator: torch.Generator, low: int, high: int) -> int:
-    return int(torch.randint(low, high + 1, (), generator=generator))
 
 
 def compared(call: LPUCall) -> list[Comparison]:

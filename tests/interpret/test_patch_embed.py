@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from layers import draw
 from mutation import mutate
 
 import cmt_fast
@@ -26,10 +27,6 @@ def insist():
     """A call that the kernel cannot run is an error here."""
     with cmt_fast.use_backend("triton"):
         yield
-
-
-def draw(generator: torch.Generator, low: int, high: int) -> int:
-    return int(torch.randint(low, high + 1, (), generator=generator))
 
 
 def compared(call: PatchEmbedCall) -> list[Comparison]:

@@ -7,16 +7,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from expected import compared, expected_of
+from layers import Adapter, draw, made, results
 from mutation import mutate
 from torch import Tensor, nn
 
 import cmt_fast
 from cmt_fast.modules import PatchEmbed, SyncBatchNorm
+from cmt_fast.ops._triton import batch_norm
 from cmt_fast.ops.activated_conv import train_configs, train_schema, triton_train_kernels, triton_train_launch
 from cmt_fast.ops.activated_conv.api import activated_conv
 from cmt_fast.ops.layer_norm.api import layer_norm
 from cmt_fast.ops.layout import nhwc
-from cmt_fast.testing.inputs import Case, randomise
+from cmt_fast.testing.inputs import Case
 
 
 class Stem(nn.Module):
@@ -69,10 +71,6 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(train_configs, "ELEMENTS", 256)
     with cmt_fast.use_backend("triton"):
         yield
-
-
-def draw(generator: torch.Generator, low: int, high: int) -> int:
-    return int(torch.randint(low, high + 1, (), generator=generator))
 
 
 def stem(*shape: int, channels: int, dim: int, strided: bool = False, **options) -> Case:
@@ -152,22 +150,6 @@ def test_large_means_do_not_cancel():
 
 
 # ---- bit for bit ---------------------------------------------------------------------------------------------------------
-
-
-def made(module: nn.Module, *shape: int, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return randomise(module, generator).to(dtype), torch.randn(shape, generator=generator).to(dtype)
-
-
-def results(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """Output, gradients that there are, and buffers, of a copy in its mode."""
-    module, leaf = copy.deepcopy(module), x.detach().clone()
-    needs_x = x.requires_grad or all(p.requires_grad for p in module.parameters())
-    out = module(leaf.requires_grad_(needs_x))
-    if out.requires_grad:
-        out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype))
-    found = {"output": out.detach(), "x": leaf.grad} | {name: p.grad for name, p in module.named_parameters()}
-    return {name: g for name, g in found.items() if g is not None} | dict(module.named_buffers())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -333,10 +315,6 @@ def test_opcheck(dtype):
 # ---- when it is chosen ---------------------------------------------------------------------------------------------------
 
 
-class Adapter(nn.Conv2d):
-    """A subclass may compute anything."""
-
-
 STEP_REASONS = {
     "activation": (dict(act=torch.relu), "act must be the exact GELU, F.gelu or a plain nn.GELU, got"),
     "tanh": (dict(act=nn.GELU("tanh")), "act must be the exact GELU, F.gelu or a plain nn.GELU, got GELU"),
@@ -435,10 +413,10 @@ MUTATIONS = {
     "moments of rows that are not there": ("tile_moments(value, row < rows, count)", "tile_moments(value, row >= 0, count)"),
     "every tile's count": ("tl.minimum(rows - program * BLOCK_N, BLOCK_N)", "BLOCK_N"),
     "not normalised": ("tl.store(t + offset, batch_norm(value, n, c, C)", "tl.store(t + offset, value"),
-    "one tile's sums lost": ("partials + program.to(tl.int64) * (2 * C)", "partials + (program // 2).to(tl.int64) * (2 * C)"),
+    "one tile's sums lost": ("out = partials + program.to(tl.int64) * (2 * C)", "out = partials + (program // 2).to(tl.int64) * (2 * C)"),
     "sums of no normal value": ("(value - mean[None, :]) * rstd[None, :]", "value"),
-    "no GELU'": ("out = slope * batch_norm_gradient", "out = batch_norm_gradient"),
-    "BatchNorm' of x": ("batch_norm_gradient(wide, value, n", "batch_norm_gradient(wide, slope, n"),
+    "no GELU'": ("return slope * batch_norm_gradient(", "return batch_norm_gradient("),
+    "BatchNorm' of x": ("batch_norm_gradient(grad, value, statistics", "batch_norm_gradient(grad, slope, statistics"),
 }  # fmt: skip
 
 PROBE = stem(2, 3, 13, 12, channels=9, dim=4)
@@ -451,7 +429,7 @@ def expected_of_probe() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 def failures(monkeypatch, tmp_path, old: str, new: str) -> list[str]:
     """What leaves the policy when the kernels' source is changed."""
-    (kernels,) = mutate(monkeypatch, tmp_path, [triton_train_kernels], old, new)
+    _, kernels = mutate(monkeypatch, tmp_path, [batch_norm, triton_train_kernels], old, new)
     for name in [name for name in vars(triton_train_launch) if name.endswith("_kernel")]:
         monkeypatch.setattr(triton_train_launch, name, getattr(kernels, name))
     return [str(result) for result in compared(PROBE, "float32", True, expected_of_probe()) if not result.passed]

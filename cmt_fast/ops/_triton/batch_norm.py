@@ -9,6 +9,8 @@ The statistics are one tensor (6, C) float32; its rows are named below.
 import triton
 import triton.language as tl
 
+from cmt_fast.ops._triton.gelu import gelu_and_derivative
+
 MEAN: tl.constexpr = tl.constexpr(0)
 UNBIASED: tl.constexpr = tl.constexpr(1)  # variance, for the running statistics
 RSTD: tl.constexpr = tl.constexpr(2)  # 1 / sqrt(variance + eps)
@@ -59,6 +61,18 @@ def store_moments(partials, counts, program, count, mean, m2, c, C: tl.constexpr
     tl.store(row, mean, c < C)
     tl.store(row + C, m2, c < C)
     tl.store(counts + program, count.to(tl.float32))  # programs of other channels store the same number
+
+
+@triton.jit
+def store_gradient_sums(partials, program, grad, weighted, c, C: tl.constexpr):
+    """One program's part of the gradients of BatchNorm's bias and weight into partials (programs, 2, C).
+
+    Args:
+        grad, weighted: (rows, columns) float32, the gradient of BatchNorm's output and that times x_hat; 0 where nothing is.
+    """
+    out = partials + program.to(tl.int64) * (2 * C) + c
+    tl.store(out, tl.sum(grad, 0), c < C)
+    tl.store(out + C, tl.sum(weighted, 0), c < C)
 
 
 # ---- between two kernels -----------------------------------------------------------------------------------------------------
@@ -180,9 +194,7 @@ def gradient_sums_kernel(
         normal = (tl.load(x + offset, inside, 0.0).to(tl.float32) - mean[None, :]) * rstd[None, :]
         plain += dy
         weighted += dy * normal
-    out = partials + program.to(tl.int64) * (2 * C) + c
-    tl.store(out, tl.sum(plain, 0), c < C)
-    tl.store(out + C, tl.sum(weighted, 0), c < C)
+    store_gradient_sums(partials, program, plain, weighted, c, C)
 
 
 @triton.jit
@@ -259,3 +271,10 @@ def batch_norm_gradient(grad, x, statistics, sums, c, C: tl.constexpr):
     plain, weighted = tl.load(sums + c, channel, 0.0) * share, tl.load(sums + C + c, channel, 0.0) * share
     normal = (x - mean[None, :]) * rstd[None, :]
     return scale[None, :] * (grad - plain[None, :] - normal * weighted[None, :])
+
+
+@triton.jit
+def activation_gradient(grad, x, statistics, sums, c, C: tl.constexpr, EXACT: tl.constexpr):
+    """GELU'(x) BatchNorm'(grad): the gradient of x, of which BatchNorm(GELU(x)) was made; arguments of ``batch_norm_gradient`` and ``gelu``."""
+    value, slope = gelu_and_derivative(x, EXACT)
+    return slope * batch_norm_gradient(grad, value, statistics, sums, c, C)

@@ -37,6 +37,11 @@ def strip_length(height: int, k: int, rounds: float, overhead: int = HALO_ROWS) 
     return min(range(1, -(-height // k) + 1), key=lambda length: _cost(length * k, height, rounds, overhead))
 
 
+def strip_programs(images: int, height: int, width: int, rows: int, pairs: int) -> int:
+    """How many programs a tile of channels of maps (images, height, width, channels) has: strips of ``rows`` rows, of ``pairs`` pairs of columns."""
+    return -(-height // rows) * -(-images * width // (2 * pairs))
+
+
 def _cost(length: int, height: int, rounds: float, overhead: int) -> float:
     """Time of a strip of ``length`` rows, in rows: all the work shared out, and half a program's at the end, when some have finished."""
     rows = min(length, height) + overhead

@@ -57,3 +57,9 @@ def neighbours(config: C, **values: Iterable[Any]) -> Iterator[C]:
     for one, other in combinations(changes, 2):
         if one[0] != other[0]:
             yield replace(config, **dict([one, other]))  # type: ignore[type-var]
+
+
+def map_blocks(channels: int, elements: int) -> tuple[int, int]:
+    """Rows and channels of a tile of so many elements of a map (rows, channels), for ``tiles.map_tile``."""
+    block_c = min(power_of_two(channels), 128)
+    return elements // block_c, block_c

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cmt_fast.ops.activated_conv import train_schema as kernels
 from cmt_fast.ops.batch_norm.training import BatchNormPlan, reduced_sums, statistics
+from cmt_fast.ops.checks import second_derivative_error
 from cmt_fast.ops.layout import nchw, nhwc
 
 
@@ -66,10 +67,7 @@ class ActivatedConvFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor, _: Tensor):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "the fused GELU, BatchNorm and convolution can be differentiated once, but create_graph=True was asked for: run the model "
-                'with cmt_fast.use_backend("reference")'
-            )
+            raise second_derivative_error("GELU, BatchNorm and convolution")
         x, n, weight = ctx.saved_tensors
         need_x, _, _, _, need_bn_weight, need_bn_bias, need_weight, need_bias = ctx.needs_input_grad
         need_bn = need_bn_weight or need_bn_bias

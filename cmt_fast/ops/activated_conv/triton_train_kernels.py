@@ -9,12 +9,13 @@ import triton.language as tl
 from cmt_fast.ops._triton.batch_norm import (
     MEAN,
     RSTD,
+    activation_gradient,
     batch_norm,
-    batch_norm_gradient,
+    store_gradient_sums,
     store_moments,
     tile_moments,
 )
-from cmt_fast.ops._triton.gelu import gelu, gelu_and_derivative
+from cmt_fast.ops._triton.gelu import gelu
 from cmt_fast.ops._triton.tiles import map_tile
 
 
@@ -56,9 +57,7 @@ def activation_norm_kernel(
     if partials is not None:
         mean, rstd = tl.load(n + MEAN * C + c, c < C, 0.0), tl.load(n + RSTD * C + c, c < C, 0.0)
         wide = tl.load(grad + offset, inside, 0.0).to(tl.float32)
-        out = partials + program.to(tl.int64) * (2 * C) + c
-        tl.store(out, tl.sum(wide, 0), c < C)
-        tl.store(out + C, tl.sum(wide * ((value - mean[None, :]) * rstd[None, :]), 0), c < C)
+        store_gradient_sums(partials, program, wide, wide * ((value - mean[None, :]) * rstd[None, :]), c, C)
 
 
 @triton.jit
@@ -67,7 +66,6 @@ def activation_gradient_kernel(
 ):
     """dx = GELU'(x) BatchNorm'(grad), grad being that of t; sums None where the statistics are frozen."""
     _, _, c, offset, inside = map_tile(rows, C, BLOCK_N, BLOCK_C)
-    value, slope = gelu_and_derivative(tl.load(x + offset, inside, 0.0).to(tl.float32), EXACT)
     wide = tl.load(grad + offset, inside, 0.0).to(tl.float32)
-    out = slope * batch_norm_gradient(wide, value, n, sums, c, C)
+    out = activation_gradient(wide, tl.load(x + offset, inside, 0.0).to(tl.float32), n, sums, c, C, EXACT)
     tl.store(dx + offset, out.to(dx.dtype.element_ty), inside)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cmt_fast.ops._triton.launch import Launch
 from cmt_fast.ops._triton.statistics import add_partials
-from cmt_fast.ops.activated_conv.train_configs import NUM_WARPS, map_blocks, row_tiles
+from cmt_fast.ops.activated_conv.train_configs import NUM_WARPS, row_tiles, tile_blocks
 from cmt_fast.ops.activated_conv.triton_train_kernels import (
     activation_gradient_kernel,
     activation_moments_kernel,
@@ -76,7 +76,7 @@ def _launch(kernel: Any, x: Tensor, reads: Mapping[str, Tensor | None], writes: 
     """A kernel on tiles of maps like x."""
     c = x.shape[3]
     rows = x.numel() // c
-    block_n, block_c = map_blocks(c)
+    block_n, block_c = tile_blocks(c)
     return Launch(
         kernel=kernel,
         grid=(row_tiles(rows, c) * -(-c // block_c),),

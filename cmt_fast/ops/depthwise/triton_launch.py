@@ -7,6 +7,7 @@ from torch import Tensor
 
 from cmt_fast.ops._triton.device import DeviceLimits, device_limits
 from cmt_fast.ops._triton.launch import Launch
+from cmt_fast.ops._triton.strips import strip_programs
 from cmt_fast.ops.depthwise.configs import WARPS, conv3x3_config, reduce_config
 from cmt_fast.ops.depthwise.triton_kernels import conv3x3_kernel, reduce_kernel
 
@@ -38,10 +39,9 @@ def conv3x3_launch(
     """x and y (B, H, W, C), weight (C, 1, 3, 3), bias (C,) or None, all contiguous; ``turn``: by 180 degrees."""
     images, height, width, c = x.shape
     config = conv3x3_config(images, height, width, c, limits)
-    strips = -(-height // config.rows)
     return Launch(
         kernel=conv3x3_kernel,
-        grid=(strips * -(-images * width // (2 * config.pairs)) * -(-c // config.block_c),),
+        grid=(strip_programs(images, height, width, config.rows, config.pairs) * -(-c // config.block_c),),
         arguments=dict(x=x, weight=weight, bias=bias, y=y, images=images, height=height, width=width),
         constants=dict(
             C=c,
@@ -58,7 +58,7 @@ def conv3x3_launch(
         writes=y.nbytes,
         flops=0,
         elements=y.numel(),
-        loops=(height / strips,),
+        loops=(height / -(-height // config.rows),),
     )
 
 

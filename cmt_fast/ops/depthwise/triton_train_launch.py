@@ -11,6 +11,7 @@ from torch import Tensor
 from cmt_fast.ops._triton.device import device_limits
 from cmt_fast.ops._triton.launch import Launch
 from cmt_fast.ops._triton.statistics import add_partials
+from cmt_fast.ops._triton.strips import strip_programs
 from cmt_fast.ops.depthwise.configs import WARPS, conv3x3_backward_config, reduce_backward_config
 from cmt_fast.ops.depthwise.triton_launch import conv3x3_launch
 from cmt_fast.ops.depthwise.triton_train_kernels import conv3x3_backward_kernel, reduce_backward_kernel
@@ -52,8 +53,7 @@ def conv3x3_backward_launch(
     """grad, x and dx (B, H, W, C), weight (C, 1, 3, 3), all contiguous, dx None if not needed; new partial sums."""
     images, height, width, c = x.shape
     config = conv3x3_backward_config(images, height, width, c)
-    strips = -(-height // config.rows)
-    programs = strips * -(-images * width // (2 * config.pairs))
+    programs = strip_programs(images, height, width, config.rows, config.pairs)
     partials = _partials(x, programs, 9 * need_weight + need_bias)
     return Launch(
         kernel=conv3x3_backward_kernel,
@@ -84,7 +84,7 @@ def conv3x3_backward_launch(
         writes=sum(t.nbytes for t in (dx, partials) if t is not None),
         flops=0,
         elements=x.numel(),
-        loops=(height / strips,),
+        loops=(height / -(-height // config.rows),),
     )
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cmt_fast.ops.batch_norm.training import BatchNormPlan, reduced_sums, statistics
+from cmt_fast.ops.checks import second_derivative_error
 from cmt_fast.ops.irffn import train_schema as kernels
 from cmt_fast.ops.irffn.output_lpu_schema import output_lpu, output_lpu_gradient
 
@@ -94,10 +95,7 @@ class IRFFNFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor, *_: Tensor):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "the fused IRFFN can be differentiated once, but create_graph=True was asked for: run the model with "
-                'cmt_fast.use_backend("reference")'
-            )
+            raise second_derivative_error("IRFFN")
         x, factor, h, u, y, n1, n2, n3, *parameters = ctx.saved_tensors
         p, options = Parameters(*parameters), ctx.options
         groups = options.groups

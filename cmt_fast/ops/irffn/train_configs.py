@@ -8,9 +8,9 @@ from functools import lru_cache
 
 import torch
 
+from cmt_fast.ops._triton import strips
 from cmt_fast.ops._triton.products import is_exact
-from cmt_fast.ops._triton.strips import map_reasons
-from cmt_fast.ops._triton.tiling import LEAST_BLOCK, block, power_of_two
+from cmt_fast.ops._triton.tiling import LEAST_BLOCK, block, map_blocks, power_of_two
 
 #: Programs that fill every GPU: grids of fewer get smaller tiles, and sums over the pixels are cut for so many.
 PROGRAMS = 132
@@ -128,12 +128,12 @@ def strip_programs(images: int, height: int, width: int, channels: int) -> int:
     """How many strips a depthwise kernel has for each tile of channels, each with moments or sums of its own."""
     images, height, width = int(images), int(height), int(width)
     config = strip_config(images, height, width, channels)
-    return -(-height // config.rows) * -(-images * width // (2 * config.pairs))
+    return strips.strip_programs(images, height, width, config.rows, config.pairs)
 
 
 def tile_reasons(shape: Sequence[int], hidden: int) -> list[str]:
     """Reasons why x (B, H, W, C) with so many hidden channels would not fit the tiles; an empty list if it does."""
-    reasons = map_reasons((*shape[:3], hidden), 1, _ELEMENTS * 32 * _WARPS)
+    reasons = strips.map_reasons((*shape[:3], hidden), 1, _ELEMENTS * 32 * _WARPS)
     if shape[3] > MAX_CHANNELS:
         reasons.append(f"x must have at most {MAX_CHANNELS} channels, got {shape[3]}")
     return reasons
@@ -141,8 +141,7 @@ def tile_reasons(shape: Sequence[int], hidden: int) -> list[str]:
 
 def element_blocks(channels: int) -> tuple[int, int]:
     """Rows and channels of a tile of an elementwise kernel."""
-    block_c = min(power_of_two(channels), 128)
-    return 2048 // block_c, block_c
+    return map_blocks(channels, 2048)
 
 
 def row_block(channels: int) -> int:

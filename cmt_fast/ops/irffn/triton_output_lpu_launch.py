@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cmt_fast.ops._triton.launch import Launch
 from cmt_fast.ops._triton.statistics import add_partials
+from cmt_fast.ops._triton.strips import strip_programs
 from cmt_fast.ops.depthwise.configs import WARPS, conv3x3_backward_config
 from cmt_fast.ops.irffn.triton_output_lpu_kernels import output_lpu_gradient_kernel, output_lpu_kernel
 
@@ -74,7 +75,7 @@ def _programs(y: Tensor) -> int:
     """How many strips there are for each tile of channels of maps like y (B, H, W, C), each with sums of its own."""
     images, height, width, c = y.shape
     config = conv3x3_backward_config(images, height, width, c)
-    return -(-height // config.rows) * -(-images * width // (2 * config.pairs))
+    return strip_programs(images, height, width, config.rows, config.pairs)
 
 
 def _launch(

@@ -14,14 +14,16 @@ import triton.language as tl
 from cmt_fast.ops._triton.batch_norm import (
     MEAN,
     RSTD,
+    activation_gradient,
     batch_norm,
     batch_norm_gradient,
     merge_moments,
     statistics_rows,
+    store_gradient_sums,
     store_moments,
     tile_moments,
 )
-from cmt_fast.ops._triton.gelu import gelu, gelu_and_derivative
+from cmt_fast.ops._triton.gelu import gelu
 from cmt_fast.ops._triton.linear import linear_rows
 from cmt_fast.ops._triton.norm import normal_rows_and_rstd, normal_rows_gradient
 from cmt_fast.ops._triton.sliding import (
@@ -262,9 +264,7 @@ def output_sums_kernel(
         branch = _branch_gradient(grad, factor, row, rows, pixels, offset, inside)
         plain += branch
         weighted += branch * ((tl.load(y + offset, inside, 0.0).to(tl.float32) - mean) * rstd)
-    out = partials + program.to(tl.int64) * (2 * C) + c
-    tl.store(out, tl.sum(plain, 0), c < C)
-    tl.store(out + C, tl.sum(weighted, 0), c < C)
+    store_gradient_sums(partials, program, plain, weighted, c, C)
 
 
 @triton.jit
@@ -363,7 +363,7 @@ def project_input_kernel(
         total = tl.dot(grad, weights, total, input_precision=PRECISION)
     wide = load_tile(u, R, first, rows, column, R, BLOCK_N, BLOCK_R).to(tl.float32)
     r = column + tl.arange(0, BLOCK_R)
-    total = _hidden_gradient(total, wide, n2, s2, r, R, EXACT)
+    total = activation_gradient(total, wide, n2, s2, r, R, EXACT)
     row = first + tl.arange(0, BLOCK_N)[:, None]
     tl.store(du + row * R + r[None, :], total.to(du.dtype.element_ty), (row < rows) & (r < R)[None, :])
 
@@ -583,7 +583,7 @@ def expand_weight_kernel(
         row = first + tl.arange(0, BLOCK_N)
         grad = load_tile(dt, R, first, rows, r, R, BLOCK_N, BLOCK_R).to(tl.float32)
         wide = load_tile(h, R, first, rows, r, R, BLOCK_N, BLOCK_R).to(tl.float32)
-        dh = _hidden_gradient(grad, wide, n1, s1, r + tl.arange(0, BLOCK_R), R, EXACT)
+        dh = activation_gradient(grad, wide, n1, s1, r + tl.arange(0, BLOCK_R), R, EXACT)
         dh = tl.where((row < rows)[:, None], dh, 0.0).to(dt.dtype.element_ty)
         mean = tl.load(moments + 2 * row, row < rows, 0.0)[:, None]
         rstd = tl.load(moments + 2 * row + 1, row < rows, 0.0)[:, None]
@@ -711,13 +711,6 @@ def _output_gradient(grad, y, n3, s3, factor, row, c, rows, pixels, offset, insi
 
 
 @triton.jit
-def _hidden_gradient(grad, x, statistics, sums, c, C: tl.constexpr, EXACT: tl.constexpr):
-    """GELU'(x) BatchNorm'(grad): the gradient of x, of which BatchNorm(GELU(x)) was made."""
-    value, slope = gelu_and_derivative(x, EXACT)
-    return slope * batch_norm_gradient(grad, value, statistics, sums, c, C)
-
-
-@triton.jit
 def _normal_gradient(
     dt,
     h,
@@ -743,7 +736,7 @@ def _normal_gradient(
         r = start + tl.arange(0, BLOCK_R)
         # Beyond R the weights are 0 as well. But what depends on an index the compiler makes once, and warps share it; else it would move
         # the arithmetic behind the exchange, and all warps of a row, which have other columns of dz, would do the same.
-        dh = tl.where((r < R)[None, :], _hidden_gradient(grad, wide, n1, s1, r, R, EXACT), 0.0)
+        dh = tl.where((r < R)[None, :], activation_gradient(grad, wide, n1, s1, r, R, EXACT), 0.0)
         weights = load_tile(weight, C, start, R, column, C, BLOCK_R, BLOCK_C)
         total = tl.dot(dh.to(weights.dtype), weights, total, input_precision=PRECISION)
     return total

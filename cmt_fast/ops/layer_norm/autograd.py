@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cmt_fast.ops.checks import second_derivative_error
 from cmt_fast.ops.lmhsa.reduce_schema import norm_reduce_backward_triton, norm_reduce_triton
 
 
@@ -25,10 +26,7 @@ class LayerNormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "the fused LayerNorm can be differentiated once, but create_graph=True was asked for: run the model with "
-                'cmt_fast.use_backend("reference")'
-            )
+            raise second_derivative_error("LayerNorm")
         x, weight, bias = ctx.saved_tensors
         need_x, need_weight, need_bias, _, _ = ctx.needs_input_grad
         dx, sums, _ = norm_reduce_backward_triton(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cmt_fast.ops.batch_norm.schema import batch_norm_gradient_sums_triton
 from cmt_fast.ops.batch_norm.training import BatchNormPlan, reduced_sums, statistics
+from cmt_fast.ops.checks import second_derivative_error
 from cmt_fast.ops.lmhsa.reduce_schema import norm_reduce_backward_triton, norm_reduce_triton, normalise_triton
 from cmt_fast.ops.lmhsa.schema import lmhsa_core_bwd, lmhsa_core_fwd
 
@@ -103,10 +104,7 @@ class LMHSAFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor, _: Tensor):
         if torch.is_grad_enabled():
-            raise RuntimeError(
-                "the fused attention sub-layer can be differentiated once, but create_graph=True was asked for: run the model with "
-                'cmt_fast.use_backend("reference")'
-            )
+            raise second_derivative_error("attention sub-layer")
         x, table, row_scale, norm_weight, norm_bias, q_weight, q_bias, *rest = ctx.saved_tensors
         k_weight, v_weight, proj_weight, conv_weight, reduced, stats, keys_values, lse = rest
         dtype, norm_eps, group, frozen, scale, shortcut = ctx.numbers
