@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.run import QUICK_RESULTS, shapes
-from benchmarks.store import RESULTS, ResultFile
+from benchmarks.store import RESULTS, ResultFile, timing_columns
 from cmt_fast.functional import reduced_kv_attention
 from cmt_fast.models.variants import VARIANTS
 from cmt_fast.testing.precision import precision
@@ -131,14 +131,11 @@ def measure_shape(
         calls = {name: _call(PROVIDERS[name], inputs, grad, mode) for name in able}
         timings = measure_interleaved(calls, seconds=seconds, device=device, cold_cache=device.type == "cuda")
         for name in providers:
-            t, base = timings.get(name), timings.get("eager")
+            t = timings.get(name)
             yield dict(
                 provider=name,
                 mode=mode,
-                median_us=t and t.median * 1e6,
-                p20_us=t and t.p20 * 1e6,
-                p80_us=t and t.p80 * 1e6,
-                ratio=base.median / t.median if base and t else None,
+                **timing_columns(t, timings.get("eager")),
                 peak_bytes=memory.get(name),
                 note=notes[name],
             )

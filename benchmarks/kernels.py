@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.calls import count_flops
 from benchmarks.run import QUICK_RESULTS
-from benchmarks.store import RESULTS, ResultFile, timing_columns
+from benchmarks.store import RESULTS, ResultFile, rate_columns, timing_columns
 from cmt_fast.backend import use_backend
 from cmt_fast.inference.program import Padding
 from cmt_fast.inference.torch_steps import TORCH
@@ -94,6 +95,7 @@ def measure_step(
     providers = [name for name in providers if name in possible]
     calls, notes = {}, {}
     with torch.inference_mode():
+        flops = count_flops(possible["torch"])
         for provider in providers:
             try:
                 notes[provider] = wrong(judges[provider], possible[provider]()) if provider != "copy" else ""
@@ -107,8 +109,8 @@ def measure_step(
         yield dict(
             provider=provider,
             **timing_columns(t, timings.get("torch")),
+            **rate_columns(t, moved, flops if provider != "copy" else 0),
             over_chain=_ratio(timings.get("chain"), t),
-            bytes=moved,
             of_copy=_ratio(timings.get("copy"), t),
             note=notes[provider],
         )

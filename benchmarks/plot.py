@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.peaks import peaks
 from benchmarks.registry import BASELINE
 from benchmarks.store import load
 from cmt_fast.models.variants import VARIANTS
@@ -105,6 +106,7 @@ def accuracy(data: Data) -> Any:
 def roofline(data: Data) -> Any:
     """Each step's operations a second over its operations a byte, under what this machine copies and multiplies at best."""
     rows = [row for row in _section(data, "kernels") if row.get("flops") and row.get("median_us")]
+    rows = [row for row in rows if row["mode"] == "inference"]
     _need(rows, "steps with their bytes and operations")
     figure, axes = _figure(data, rows[0]["dtype"], 5.5)
     fastest = {}
@@ -113,20 +115,18 @@ def roofline(data: Data) -> Any:
     for provider, mine in fastest.items():
         x = [row["flops"] / row["bytes"] for row in mine]
         axes.scatter(x, [row["flops"] / row["median_us"] * 1e-3 for row in mine], s=18, label=provider, zorder=3)
-    calibrated = _section(data, "calibration")
-    copies = [row["gb_s"] for row in calibrated if row["op"] == "copy"]
-    products = [row["gflop_s"] for row in calibrated if row["op"] == "matrix product"]
-    if copies and products:
+    best = peaks(data)
+    if best.gflop_s and best.memory_gb_s and best.copy_gb_s:
         low, high = (f(row["flops"] / row["bytes"] for row in rows) for f in (min, max))
         grid = [low * (high / low) ** (i / 50) for i in range(51)]
-        # The largest copy does not fit into any cache; the smallest, which may, is what steps in a cache are under.
-        for name, rate, style in (("memory", copies[-1], "-"), ("cache", max(copies), ":")):
+        # Steps that stay in a cache are under the copy that does, too.
+        for name, rate, style in (("memory", best.memory_gb_s, "-"), ("cache", best.copy_gb_s, ":")):
             axes.plot(
                 grid,
-                [min(rate * x, max(products)) for x in grid],
+                [min(rate * x, best.gflop_s) for x in grid],
                 style,
                 color="black",
-                label=f"{name}: {rate:.0f} GB/s, {max(products):.0f} GFLOP/s",
+                label=f"{name}: {rate:.0f} GB/s, {best.gflop_s:.0f} GFLOP/s",
             )
     axes.set_xscale("log")
     axes.set_yscale("log")

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.calls import MODES, make_call
+from benchmarks.calls import MODES, make_call, work
 from benchmarks.registry import BASELINE, OPS, PROVIDERS
-from benchmarks.store import RESULTS, ResultFile, timing_columns
+from benchmarks.store import RESULTS, ResultFile, rate_columns, timing_columns
 from cmt_fast.backend import BACKENDS, machine_reasons
 from cmt_fast.models.variants import VARIANTS
 from cmt_fast.testing.inputs import Case
@@ -77,10 +77,11 @@ def measure_case(
                 notes[provider] = error_line(error)
     timings = measure_interleaved(calls, seconds=seconds, device=device, cold_cache=device.type == "cuda")
     base = timings.get(BASELINE)
+    size, flops = work(case, p, device, mode)
     for provider in providers:
         row: dict[str, Any] = dict(op=op, shape=str(shape), provider=provider, dtype=p.name, mode=mode)
         t = timings.get(provider)
-        row |= timing_columns(t, base) | dict(note=notes.get(provider, ""))
+        row |= timing_columns(t, base) | rate_columns(t, size, flops) | dict(note=notes.get(provider, ""))
         yield row
 
 

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.calls import count_flops
 from benchmarks.registry import BASELINE
 from benchmarks.run import QUICK_RESULTS
-from benchmarks.store import RESULTS, ResultFile, timing_columns
+from benchmarks.store import RESULTS, ResultFile, rate_columns, timing_columns
 from cmt_fast.inference import PackedModel, pack, run
 from cmt_fast.inference.native import prepare
 from cmt_fast.inference.torch_steps import TORCH, StepFunctions
@@ -77,9 +77,7 @@ class Call:
         return dataclasses.replace(self, arguments=tuple(map(_double, self.arguments)))
 
     def flops(self) -> int:
-        with FlopCounterMode(display=False) as counter:
-            self()
-        return counter.get_total_flops()
+        return count_flops(self)
 
     def bytes(self) -> int:
         """Of the step's tensors, its inputs and outputs, each once."""
@@ -145,10 +143,7 @@ def measure_steps(
                 dtype=dtype,
                 mode="inference",
                 **timing_columns(t, first),
-                bytes=size_bytes,
-                flops=flops,
-                gb_s=t and size_bytes / t.median * 1e-9,
-                gflop_s=t and flops / t.median * 1e-9,
+                **rate_columns(t, size_bytes, flops),
                 note=notes.get(provider) or wrongs.get(provider, ""),
             )
 

@@ -58,6 +58,16 @@ def timing_columns(t: Timing | None, base: Timing | None = None) -> dict[str, An
     )
 
 
+def rate_columns(t: Timing | None, size: int, flops: int) -> dict[str, Any]:
+    """Of a row the bytes that must move and the operations, and both a second."""
+    return dict(
+        bytes=size,
+        flops=flops,
+        gb_s=t and size / t.median * 1e-9,
+        gflop_s=t and flops / t.median * 1e-9,
+    )
+
+
 #: What identifies a row; the rest of it is what was measured.
 KEY = ("section", "op", "shape", "model", "img_size", "batch", "provider", "dtype", "mode", "seed")
 

@@ -24,6 +24,8 @@ from benchmarks.report.sections import sections
 from benchmarks.report.settings import Settings, default_settings
 from benchmarks.run import QUICK_RESULTS
 from benchmarks.store import RESULTS, ResultFile, load
+from cmt_fast.models.variants import VARIANTS
+from cmt_fast.testing.precision import PRECISIONS
 from cmt_fast.training.config import find_device
 
 #: Of the budget, for the page and its figures, and for a measurement that took longer than was expected.
@@ -40,7 +42,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ["CMT_FAST_ORIGINAL"] = str(options.original)
     if options.threads:
         torch.set_num_threads(options.threads)
-    settings = default_settings(find_device(options.device), quick=options.quick, seconds=options.seconds)
+    settings = default_settings(
+        find_device(options.device),
+        quick=options.quick,
+        seconds=options.seconds,
+        variants=options.variant,
+        batches=options.batch,
+        dtypes=options.dtype,
+    )
     every = sections(settings)
     chosen = {name: section for name, section in every.items() if not options.only or name in options.only}
     results = _result_file(settings, options.out, options.resume)
@@ -91,6 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--original", type=Path, metavar="FOLDER", help="of the original's cmt.py, which is then timed too"
     )
+    parser.add_argument("--variant", nargs="+", choices=VARIANTS, metavar="NAME", help="; ".join(VARIANTS))
+    parser.add_argument("--batch", nargs="+", type=int, metavar="N", help="of whole models in inference")
+    parser.add_argument("--dtype", nargs="+", choices=PRECISIONS, metavar="NAME", help=", ".join(PRECISIONS))
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, or auto")
     parser.add_argument("--threads", type=int, help="of a CPU; PyTorch's choice by default")
     parser.add_argument("--seconds", type=float, help="for each time; 1, or 0.02 with --quick")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -11,166 +11,197 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.peaks import COPY, PRODUCT
 from benchmarks.report.measurement import Measurement
 from benchmarks.report.settings import Settings
-from benchmarks.store import timing_columns
+from benchmarks.store import rate_columns, timing_columns
 from cmt_fast.testing.precision import precision
 from cmt_fast.testing.shapes import StageShape, stage_shapes
 from cmt_fast.testing.timing import measure
 
-Call = Callable[[], object]
+
+@dataclass(frozen=True)
+class Load:
+    """One call to time.
+
+    Attributes:
+        shape: in words.
+        mode: ``inference``, ``training`` (forward, and the gradient of the input), or which gradient of a convolution alone.
+        call: what is timed.
+        bytes: that must move.
+        flops: operations of convolutions and matrix products.
+        dtype: of its tensors.
+    """
+
+    shape: str
+    mode: str
+    call: Callable[[], object]
+    bytes: int
+    flops: int
+    dtype: torch.dtype
+
+
+#: (size...) -> a tensor of random numbers.
+Make = Callable[..., Tensor]
+Loads = Callable[[StageShape, Make], Iterator[Load]]
 
 
 def plan(settings: Settings) -> Iterator[Measurement]:
     """Memory and matrix products first, then PyTorch's operations stage by stage, in inference and with gradients."""
     p = precision(settings.dtypes[0])
     make = partial(torch.randn, device=settings.device, dtype=p.low)
-    yield Measurement("copy", partial(_rows, settings, "copy", _copies(settings)), 4 * settings.seconds)
-    yield Measurement("matrix product", partial(_rows, settings, "matrix product", _products(settings, make)), 12.0)
+    yield Measurement(COPY, partial(_rows, settings, COPY, partial(_copies, settings)), 4 * settings.seconds)
+    yield Measurement(PRODUCT, partial(_rows, settings, PRODUCT, partial(_product, settings, make)), 2.0)
     if settings.gpu:
-        yield Measurement("launch", partial(_rows, settings, "launch", _launches(settings)), 4.0)
-    batch = 64 if settings.gpu else 1
-    stages = stage_shapes(settings.variants[0], batch, settings.img_size)
+        loads = partial(_launches, settings)
+        yield Measurement("launch", partial(_rows, settings, "launch", loads, cold_cache=False), 4.0)
+    stages = stage_shapes(settings.variants[0], 64 if settings.gpu else 1, settings.img_size)
     for shape in stages[:1] if settings.quick else stages:
-        for op, operation in OPERATIONS.items():
-            calls = partial(operation, shape, make)
-            yield Measurement(f"{op} {shape.name}", partial(_rows, settings, op, calls), 4 * settings.seconds)
+        for op, loads_of in OPERATIONS.items():
+            loads = partial(loads_of, shape, make)
+            yield Measurement(f"{op} {shape.name}", partial(_rows, settings, op, loads), 4 * settings.seconds)
 
 
 def _rows(
-    settings: Settings, op: str, calls: Callable[[], Iterator[tuple[str, str, Call, int, int]]]
+    settings: Settings, op: str, loads: Callable[[], Iterator[Load]], cold_cache: bool = True
 ) -> Iterator[dict[str, Any]]:
-    """A row for each of (shape, mode, call, bytes, operations)."""
-    for shape, mode, call, size, flops in calls():
-        t = measure(call, seconds=settings.seconds, device=settings.device)
-        rates = dict(gb_s=size / t.median * 1e-9, gflop_s=flops / t.median * 1e-9)
-        dtype = precision(settings.dtypes[0]).low
-        yield (
-            dict(op=op, shape=shape, provider="torch", dtype=str(dtype).removeprefix("torch."), mode=mode)
-            | timing_columns(t)
-            | rates
-        )
+    for load in loads():
+        t = measure(load.call, seconds=settings.seconds, device=settings.device, cold_cache=cold_cache)
+        dtype = str(load.dtype).removeprefix("torch.")
+        row = dict(op=op, shape=load.shape, provider="torch", dtype=dtype, mode=load.mode)
+        yield row | timing_columns(t) | rate_columns(t, load.bytes, load.flops)
 
 
-def _copies(settings: Settings) -> Callable[[], Iterator[tuple[str, str, Call, int, int]]]:
-    def calls() -> Iterator[tuple[str, str, Call, int, int]]:
-        for mib in (1, 16) if settings.quick else (16, 256, 1024) if settings.gpu else (1, 16, 256):
-            source = torch.zeros(mib << 20, dtype=torch.uint8, device=settings.device)
-            target = torch.empty_like(source)
-            yield f"{mib} MiB", "inference", lambda: target.copy_(source), 2 * source.nbytes, 0  # noqa: B023 (called at once)
-
-    return calls
+def _copies(settings: Settings) -> Iterator[Load]:
+    """Of bytes: the largest does not fit into any cache."""
+    for mib in (1, 16) if settings.quick else (16, 256, 1024) if settings.gpu else (1, 16, 256):
+        source = torch.zeros(mib << 20, dtype=torch.uint8, device=settings.device)
+        copy = partial(torch.empty_like(source).copy_, source)
+        yield Load(f"{mib} MiB", "inference", copy, 2 * source.nbytes, 0, source.dtype)
 
 
-def _products(
-    settings: Settings, make: Callable[..., Tensor]
-) -> Callable[[], Iterator[tuple[str, str, Call, int, int]]]:
-    """A square one, and the IRFFN's expansions: (tokens, C) x (C, R)."""
-
-    def calls() -> Iterator[tuple[str, str, Call, int, int]]:
-        side = 256 if settings.quick else 8192 if settings.gpu else 1024
-        shapes = [(side, side, side)]
-        for s in stage_shapes(settings.variants[0], 64 if settings.gpu else 1, settings.img_size):
-            shapes.append((s.batch * s.queries, s.dim, s.hidden))
-        for m, k, n in shapes:
-            a, b = make(m, k), make(n, k)
-            size = (m * k + n * k + m * n) * a.element_size()
-            yield f"{m} x {k} x {n}", "inference", lambda: F.linear(a, b), size, 2 * m * k * n  # noqa: B023 (called at once)
-
-    return calls
+def _product(settings: Settings, make: Make) -> Iterator[Load]:
+    """A square one, near the machine's best."""
+    side = 256 if settings.quick else 8192 if settings.gpu else 1024
+    a, b = make(side, side), make(side, side)
+    yield Load(f"{side} x {side} x {side}", "inference", partial(F.linear, a, b), 3 * a.nbytes, 2 * side**3, a.dtype)
 
 
-def _launches(settings: Settings) -> Callable[[], Iterator[tuple[str, str, Call, int, int]]]:
+def _launches(settings: Settings) -> Iterator[Load]:
     """A graph of 200 kernels that do next to nothing: what a kernel in a chain costs at least."""
-
-    def calls() -> Iterator[tuple[str, str, Call, int, int]]:
-        x = torch.zeros(1024, device=settings.device)
-        graph = torch.cuda.CUDAGraph()
-        x.add_(1)
-        with torch.cuda.graph(graph):
-            for _ in range(200):
-                x.add_(1)
-        yield "graph of 200 kernels", "inference", graph.replay, 0, 0
-        yield "eager, 200 kernels", "inference", lambda: [x.add_(1) for _ in range(200)], 0, 0
-
-    return calls
+    x = torch.zeros(1024, device=settings.device)
+    graph = torch.cuda.CUDAGraph()
+    x.add_(1)
+    with torch.cuda.graph(graph):
+        for _ in range(200):
+            x.add_(1)
+    yield Load("graph of 200 kernels", "inference", graph.replay, 0, 0, x.dtype)
+    yield Load("eager, 200 kernels", "inference", lambda: [x.add_(1) for _ in range(200)], 0, 0, x.dtype)
 
 
-def _depthwise(shape: StageShape, make: Callable[..., Tensor]) -> Iterator[tuple[str, str, Call, int, int]]:
+def _depthwise(shape: StageShape, make: Make) -> Iterator[Load]:
     """3x3, NHWC: LPU's and IRFFN's."""
     for s in (shape, replace(shape, dim=shape.hidden)):
-        x = make(s.batch, s.dim, s.height, s.width).to(memory_format=torch.channels_last)
-        conv = partial(F.conv2d, weight=make(s.dim, 1, 3, 3), padding=1, groups=s.dim)
-        yield from _both(s, conv, x, 2 * x.nbytes, 3 * x.nbytes, 18 * x.numel())
+        yield from _convolution(s, make, out=s.dim, kernel=3, stride=1, padding=1, groups=s.dim)
 
 
-def _reduce(shape: StageShape, make: Callable[..., Tensor]) -> Iterator[tuple[str, str, Call, int, int]]:
+def _reduce(shape: StageShape, make: Make) -> Iterator[Load]:
     """k x k with stride k, NHWC."""
     if shape.sr_ratio > 1:
         k, c = shape.sr_ratio, shape.dim
-        x = make(shape.batch, c, shape.height, shape.width).to(memory_format=torch.channels_last)
-        conv = partial(F.conv2d, weight=make(c, 1, k, k), stride=k, groups=c)
-        yield from _both(shape, conv, x, x.nbytes, 2 * x.nbytes, 2 * x.numel())
+        yield from _convolution(shape, make, out=c, kernel=k, stride=k, padding=0, groups=c)
 
 
-def _batch_norm(shape: StageShape, make: Callable[..., Tensor]) -> Iterator[tuple[str, str, Call, int, int]]:
+def _pointwise(shape: StageShape, make: Make) -> Iterator[Load]:
+    """1x1, NHWC: the IRFFN's expansion and projection."""
+    for s, out in ((shape, shape.hidden), (replace(shape, dim=shape.hidden), shape.dim)):
+        yield from _convolution(s, make, out=out, kernel=1, stride=1, padding=0, groups=1)
+
+
+def _convolution(
+    s: StageShape, make: Make, *, out: int, kernel: int, stride: int, padding: int, groups: int
+) -> Iterator[Load]:
+    """Forward, and its gradients one by one: they have kernels of their own."""
+    x = make(s.batch, s.dim, s.height, s.width).to(memory_format=torch.channels_last)
+    weight = make(out, s.dim // groups, kernel, kernel)
+    forward = partial(F.conv2d, x, weight, stride=stride, padding=padding, groups=groups)
+    grad = torch.randn_like(forward())
+    flops, size = 2 * weight[0].numel() * grad.numel(), x.nbytes + weight.nbytes + grad.nbytes
+    label = f"{s} to {out}" if out != s.dim else str(s)
+    yield Load(label, "inference", torch.inference_mode()(forward), size, flops, x.dtype)
+    pair = ([stride] * 2, [padding] * 2, [1, 1])
+    for mode, wanted in (("input gradient", [True, False, False]), ("weight gradient", [False, True, False])):
+        gradient = partial(
+            torch.ops.aten.convolution_backward, grad, x, weight, None, *pair, False, [0, 0], groups, wanted
+        )
+        yield Load(label, mode, gradient, size, flops, x.dtype)
+
+
+def _linear(shape: StageShape, make: Make) -> Iterator[Load]:
+    """The same as matrix products of tokens: (N, C) x (C, R) and back."""
+    for c, out in ((shape.dim, shape.hidden), (shape.hidden, shape.dim)):
+        x, weight = make(shape.batch * shape.queries, c), make(out, c)
+        y = x.nbytes // c * out
+        label, flops = f"{len(x)} x {c} x {out}", 2 * x.numel() * out
+        yield from _both(label, partial(F.linear, weight=weight), x, x.nbytes + y, 2 * (x.nbytes + y), flops)
+
+
+def _batch_norm(shape: StageShape, make: Make) -> Iterator[Load]:
     """Of the hidden map, NHWC: by running statistics, and by the batch's with gradients."""
     x = make(shape.batch, shape.hidden, shape.height, shape.width).to(memory_format=torch.channels_last)
     mean, var = torch.zeros(shape.hidden, device=x.device), torch.ones(shape.hidden, device=x.device)
-    yield str(shape), "inference", lambda: F.batch_norm(x, mean, var), 2 * x.nbytes, 0
-    yield from _both(
-        shape, lambda x: F.batch_norm(x, None, None, training=True), x, 0, 6 * x.nbytes, 0, modes=("training",)
-    )
+    label = str(replace(shape, dim=shape.hidden))
+    yield Load(label, "inference", lambda: F.batch_norm(x, mean, var), 2 * x.nbytes, 0, x.dtype)
+    _, training = _both(label, lambda x: F.batch_norm(x, None, None, training=True), x, 0, 6 * x.nbytes, 0)
+    yield training
 
 
-def _layer_norm(shape: StageShape, make: Callable[..., Tensor]) -> Iterator[tuple[str, str, Call, int, int]]:
-    x = make(shape.batch, shape.queries, shape.dim)
-    yield from _both(shape, lambda x: F.layer_norm(x, x.shape[-1:]), x, 2 * x.nbytes, 5 * x.nbytes, 0)
+def _layer_norm(shape: StageShape, make: Make) -> Iterator[Load]:
+    """In the stream's dtype, and in float32 as autocast has it."""
+    low = make(shape.batch, shape.queries, shape.dim)
+    for x in (low, low.float()) if low.dtype != torch.float32 else (low,):
+        yield from _both(str(shape), lambda x: F.layer_norm(x, x.shape[-1:]), x, 2 * x.nbytes, 5 * x.nbytes, 0)
 
 
-def _gelu(shape: StageShape, make: Callable[..., Tensor]) -> Iterator[tuple[str, str, Call, int, int]]:
+def _gelu(shape: StageShape, make: Make) -> Iterator[Load]:
     x = make(shape.batch, shape.queries, shape.hidden)
-    yield from _both(shape, F.gelu, x, 2 * x.nbytes, 5 * x.nbytes, 0)
+    yield from _both(str(replace(shape, dim=shape.hidden)), F.gelu, x, 2 * x.nbytes, 5 * x.nbytes, 0)
 
 
-def _attention(shape: StageShape, make: Callable[..., Tensor]) -> Iterator[tuple[str, str, Call, int, int]]:
+def _attention(shape: StageShape, make: Make) -> Iterator[Load]:
     """Scaled dot products with the bias as a mask."""
     d = shape.v_head_dim
     q = make(shape.batch, shape.heads, shape.queries, d)
     k, v = make(2, shape.batch, shape.heads, shape.keys, d)
-    bias = make(shape.heads, shape.queries, shape.keys)
-    flops = 4 * shape.batch * shape.heads * shape.queries * shape.keys * d
+    bias = make(1, shape.heads, shape.queries, shape.keys)
+    flops = 4 * q.numel() * shape.keys
     size = 2 * q.nbytes + k.nbytes + v.nbytes + bias.nbytes
-    yield from _both(shape, lambda q: F.scaled_dot_product_attention(q, k, v, bias[None]), q, size, 2 * size, flops)
+    attention = partial(F.scaled_dot_product_attention, key=k, value=v, attn_mask=bias)
+    yield from _both(str(shape), attention, q, size, 2 * size, flops)
 
 
 def _both(
-    shape: StageShape,
-    function: Callable[[Tensor], Tensor],
-    x: Tensor,
-    forward_bytes: int,
-    step_bytes: int,
-    flops: int,
-    modes: tuple[str, ...] = ("inference", "training"),
-) -> Iterator[tuple[str, str, Call, int, int]]:
+    label: str, function: Callable[[Tensor], Tensor], x: Tensor, forward_bytes: int, step_bytes: int, flops: int
+) -> Iterator[Load]:
     """Forward alone; forward and the gradient of x."""
     leaf = x.detach().requires_grad_()
     grad = torch.randn_like(function(x))
-
-    def inference() -> None:
-        with torch.inference_mode():
-            function(x)
-
-    if "inference" in modes:
-        yield str(shape), "inference", inference, forward_bytes, flops
-    if "training" in modes:
-        yield str(shape), "training", lambda: torch.autograd.grad(function(leaf), leaf, grad), step_bytes, 3 * flops
+    inference = torch.inference_mode()(partial(function, x))
+    yield Load(label, "inference", inference, forward_bytes, flops, x.dtype)
+    training = partial(_step, function, leaf, grad)
+    yield Load(label, "training", training, step_bytes, 2 * flops, x.dtype)
 
 
-#: By name: from a stage and a maker of tensors to (shape, mode, call, bytes that must move, operations).
-OPERATIONS: dict[str, Callable[[StageShape, Callable[..., Tensor]], Iterator[tuple[str, str, Call, int, int]]]] = {
+def _step(function: Callable[[Tensor], Tensor], leaf: Tensor, grad: Tensor) -> object:
+    return torch.autograd.grad(function(leaf), leaf, grad)
+
+
+#: By name: from a stage and a maker of tensors to what is timed.
+OPERATIONS: dict[str, Loads] = {
     "depthwise 3x3": _depthwise,
     "depthwise k x k": _reduce,
+    "1x1 convolution": _pointwise,
+    "linear": _linear,
     "batch norm": _batch_norm,
     "layer norm": _layer_norm,
     "gelu": _gelu,

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import run, steps
+from benchmarks import attention, run, steps
 from benchmarks.registry import OPS
 from benchmarks.report.measurement import Measurement
 from benchmarks.report.settings import Settings
@@ -34,6 +34,10 @@ def plan(settings: Settings) -> Iterator[Measurement]:
         for name in steps.STEPS:
             yield Measurement(f"packed {name}", partial(_cpu_step, settings, name), 8 * settings.seconds + 5)
     backends = [name for name in BACKENDS if not machine_reasons(name)]
+    if settings.gpu:
+        for shape in stage_shapes(settings.variants[0], 128, settings.img_size):
+            call = partial(_attention, settings, shape)
+            yield Measurement(f"attention {shape.name} in training, beside SDPA and FlexAttention", call, 120.0)
     providers = backends if not settings.gpu else [*backends, "compile"]
     for op, benchmark in OPS.items():
         for shape in stage_shapes(settings.variants[0], batch if settings.gpu else 1, settings.img_size):
@@ -79,6 +83,16 @@ def _op(settings: Settings, op: str, shape: StageShape, providers: list[str]) ->
     yield from _judged(
         run.measure_case(op, case, shape, providers, p, settings.device, "training", settings.seconds / 2)
     )
+
+
+def _attention(settings: Settings, shape: StageShape) -> Iterator[dict[str, Any]]:
+    """Forward and backward; a peer that cannot run has no time, one that is wrong is told, ours that is wrong fails."""
+    p = precision(settings.dtypes[0])
+    rows = attention.measure_shape(shape, p.low, list(attention.PROVIDERS), settings.device, settings.seconds)
+    for row in rows:
+        if row["provider"] == "triton" and row["note"].startswith("wrong"):
+            raise AssertionError(row["note"])
+        yield dict(op="attention in training", shape=str(shape), dtype=p.name, **row)
 
 
 def _judged(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.store import ResultFile
-from cmt_fast.testing.results import error_line
+from cmt_fast.testing.results import clocks_power, error_line
 
 Rows = Iterable[Mapping[str, Any]]
 
@@ -115,6 +115,8 @@ class Report:
                 state["failed"][m.name] = error_line(error)
             if m.expected_s > 0:  # as slow as this one was, the next may be
                 self._slower[name] = max(1.0, (self.clock() - start) / m.expected_s)
+            if "gpu" in self.results.data["machine"]:  # a GPU that throttled shows here
+                state.setdefault("clocks_power", {})[m.name] = clocks_power()
             self._missing(name, plan)
             self.results.add_all(rows)  # with the state, in one piece
             failure = state["failed"].get(m.name)

@@ -32,8 +32,8 @@ def plan(settings: Settings, mode: str) -> Iterator[Measurement]:
     """The quick providers of every setting before the slow ones of any."""
     settings_ = [
         (variant, batch, dtype)
-        for variant in settings.variants
         for dtype in settings.dtypes
+        for variant in settings.variants
         for batch in (settings.batches if mode == "inference" else _training_batches(settings))
     ]
     providers = INFERENCE if mode == "inference" else TRAINING

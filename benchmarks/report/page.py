@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.peaks import Peaks, peaks
 from benchmarks.plot import write_figures
 from cmt_fast.testing.results import device_name
 from cmt_fast.training.report import Report
@@ -45,10 +46,11 @@ def write_page(data: dict[str, Any], folder: Path) -> Path:
         page.text(missing)
     for name, path in figures.items():
         page.figure(path, CAPTIONS[name])
+    best = peaks(data)
     for name, state in data.get("sections", {}).items():
         page.heading(state["title"])
         rows = [row for row in data["rows"] if row.get("section") == name]
-        for header, lines in _tables(name, rows):
+        for header, lines in _tables(name, rows, best):
             page.table(header, lines)
         for note in _notes(state):
             page.text(note)
@@ -57,6 +59,9 @@ def write_page(data: dict[str, Any], folder: Path) -> Path:
 
 def _notes(state: dict[str, Any]) -> list[str]:
     notes = [f"Not here: {state['note']}"] if state["note"] else []
+    if clocks := state.get("clocks_power"):
+        sm = sorted(int(line.split()[0]) for line in clocks.values() if line and line.split()[0].isdigit())
+        notes += [f"SM clock after each measurement: {sm[0]} to {sm[-1]} MHz; with power in the file."] if sm else []
     notes += [f"Failed: {name}: {why}" for name, why in state["failed"].items()]
     if state["missing"]:
         notes.append(
@@ -65,12 +70,22 @@ def _notes(state: dict[str, Any]) -> list[str]:
     return notes
 
 
-def _tables(section: str, rows: Sequence[Row]) -> list[tuple[list[str], list[list[str]]]]:
+def _tables(section: str, rows: Sequence[Row], best: Peaks) -> list[tuple[list[str], list[list[str]]]]:
     """Header and lines; none without rows."""
     if not rows:
         return []
     header, line = _LINES[section]
-    return [(header, [line(row) for row in rows])]
+    return [(header, [line(row | _shares(row, best)) for row in rows])]
+
+
+def _shares(row: Row, best: Peaks) -> Row:
+    """Of what the machine does at best. A copy that took turns with a kernel counts before the calibration's."""
+    of_copy = row.get("of_copy") or best.of_copy(row.get("gb_s"))
+    return dict(of_copy=of_copy, of_products=best.of_products(row.get("gflop_s")))
+
+
+def _percent(x: float | None) -> str:
+    return "–" if x is None else f"{x:.0%}"
 
 
 def _us(row: Row) -> list[str]:
@@ -100,13 +115,17 @@ def _accuracy(row: Row) -> list[str]:
 
 
 def _calibration(row: Row) -> list[str]:
-    rates = [_number(row["gb_s"] or None), _number(row["gflop_s"] or None)]
-    return [row["op"], row["shape"], row["dtype"], row["mode"], *_us(row), *rates]
+    return [row["op"], row["shape"], row["dtype"], row["mode"], *_us(row), *_rates(row)]
 
 
 def _kernel(row: Row) -> list[str]:
     what = [row["op"], row["shape"], row["dtype"], row["mode"], row["provider"]]
-    return [*what, *_us(row), _ratio(row["ratio"]), _number(row.get("gb_s")), _number(row.get("gflop_s")), row["note"]]
+    return [*what, *_us(row), _ratio(row["ratio"]), *_rates(row), row["note"]]
+
+
+def _rates(row: Row) -> list[str]:
+    numbers = [_number(row.get("gb_s") or None), _number(row.get("gflop_s") or None)]
+    return [*numbers, _percent(row["of_copy"]), _percent(row["of_products"])]
 
 
 def _model(row: Row) -> list[str]:
@@ -147,6 +166,7 @@ _MODEL = (
     ],
     _model,
 )
+_RATES = ("GB/s", "GFLOP/s", "of copy", "of products")
 #: By section: the header, and what makes a line of a row.
 _LINES: dict[str, Any] = {
     "tests": (["tests", "passed", "failed", "skipped", "note"], _tests),
@@ -165,7 +185,7 @@ _LINES: dict[str, Any] = {
         _accuracy,
     ),
     "calibration": (
-        ["operation", "shape", "dtype", "mode", "us", "20th .. 80th percentile", "GB/s", "GFLOP/s"],
+        ["operation", "shape", "dtype", "mode", "us", "20th .. 80th percentile", *_RATES],
         _calibration,
     ),
     "kernels": (
@@ -178,8 +198,7 @@ _LINES: dict[str, Any] = {
             "us",
             "20th .. 80th percentile",
             "over PyTorch",
-            "GB/s",
-            "GFLOP/s",
+            *_RATES,
             "note",
         ],
         _kernel,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,18 +43,22 @@ class Settings:
         return QUICK_SIZE if self.quick else None
 
 
-def default_settings(device: torch.device, *, quick: bool = False, seconds: float | None = None) -> Settings:
-    """What fits a device: on a GPU large batches in bfloat16, on a CPU single images in float32 first."""
+def default_settings(
+    device: torch.device,
+    *,
+    quick: bool = False,
+    seconds: float | None = None,
+    variants: Sequence[str] | None = None,
+    batches: Sequence[int] | None = None,
+    dtypes: Sequence[str] | None = None,
+) -> Settings:
+    """What fits a device: on a GPU large batches in bfloat16, on a CPU single images in float32 first. What is given replaces that."""
     gpu = device.type == "cuda"
     return Settings(
         device=device,
-        variants=("cmt_ti",) if quick else ("cmt_s", "cmt_ti", "cmt_xs", "cmt_b"),
-        batches=(2,) if quick else (256, 1, 32) if gpu else (1, 8),
-        dtypes=("float32",)
-        if quick
-        else ("bfloat16", "autocast-bfloat16")
-        if gpu
-        else ("float32", "autocast-bfloat16"),
+        variants=tuple(variants or (("cmt_ti",) if quick else ("cmt_s", "cmt_ti", "cmt_xs", "cmt_b"))),
+        batches=tuple(batches or ((2,) if quick else (256, 1, 32) if gpu else (1, 8))),
+        dtypes=tuple(dtypes or (("float32",) if quick else ("bfloat16" if gpu else "float32", "autocast-bfloat16"))),
         seconds=seconds or (0.02 if quick else 1.0),
         quick=quick,
         root=Path(__file__).parents[2],

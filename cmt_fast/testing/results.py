@@ -44,9 +44,14 @@ def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
             "driver": _nvidia_smi("driver_version"),
-            "clocks_power": _nvidia_smi("clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu"),
+            "clocks_power": clocks_power(),
         }
     return facts
+
+
+def clocks_power() -> str | None:
+    """Of the first GPU, as it is: SM clock, its maximum, memory clock, power, its limit, temperature. Nothing is set."""
+    return _nvidia_smi("clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu")
 
 
 def device_name(facts: dict[str, Any]) -> str:
@@ -120,10 +125,11 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that cmt_fast runs from, with ``+`` if files differ from it; None outside of one."""
+    """The commit of the checkout that cmt_fast runs from, with ``+`` if files differ from it; of a copy without
+    ``.git`` what ``CMT_FAST_COMMIT`` says, or None."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
-        return None
+        return os.environ.get("CMT_FAST_COMMIT")
     commit = _run("git", "-C", str(root), "rev-parse", "--short=12", "HEAD")
     dirty = _run("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no")
     return commit and commit + ("+" if dirty else "")

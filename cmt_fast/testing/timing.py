@@ -39,10 +39,15 @@ class Timing:
 
 
 def measure(
-    fn: Call, *, seconds: float = 1.0, min_runs: int | None = None, device: torch.device | str = "cpu"
+    fn: Call,
+    *,
+    seconds: float = 1.0,
+    min_runs: int | None = None,
+    device: torch.device | str = "cpu",
+    cold_cache: bool = False,
 ) -> Timing:
     """How long ``fn()`` takes; see :func:`measure_interleaved`."""
-    return measure_interleaved({"": fn}, seconds=seconds, min_runs=min_runs, device=device)[""]
+    return measure_interleaved({"": fn}, seconds=seconds, min_runs=min_runs, device=device, cold_cache=cold_cache)[""]
 
 
 def measure_interleaved(

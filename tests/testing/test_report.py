@@ -194,9 +194,8 @@ def test_every_plan_of_a_gpu_can_be_made(module, monkeypatch):
     assert "convnext_tiny batch 256 compile-channels-last" in peers and "cmt_s batch 1 optimize" in peers
 
 
-def test_the_measurements_of_a_gpu_run(module, as_on_a_gpu, monkeypatch):
-    """One of each kind, timed by nothing: every number is made up."""
-    sections = module("report.sections").sections(as_on_a_gpu)
+def test_the_measurements_of_a_gpu_run(module, as_on_a_gpu, monkeypatch, tmp_path):
+    """One of each kind, timed by nothing, into a file that says so: every number is made up."""
     from cmt_fast.testing import timing
 
     def fake(fns, **options):
@@ -204,25 +203,51 @@ def test_the_measurements_of_a_gpu_run(module, as_on_a_gpu, monkeypatch):
             fn()
         return {name: timing.Timing(1.0, 1.0, 1.0, 1, (1.0,)) for name in fns}
 
-    for user in ("run", "kernels", "report.peers"):
+    for user in ("run", "kernels", "attention", "report.peers"):
         monkeypatch.setattr(module(user), "measure_interleaved", fake)
     monkeypatch.setattr(module("report.calibration"), "measure", lambda fn, **_: fake({"": fn})[""])
     monkeypatch.setattr("cmt_fast.testing.benchmark.measure_interleaved", fake)
     monkeypatch.setattr(torch, "compile", lambda module, **_: module)
-    chosen = {
-        "calibration": ["copy", "matrix product", "attention (SDPA) cmt_ti/a"],
-        "kernels": ["packed lpu cmt_ti/d", "lpu cmt_ti/d training float32"],
-        "training": ["cmt_ti batch 128 float32 auto"],
+    attention = module("attention")
+    here = {name: attention.PROVIDERS[name] for name in ("eager", "triton", "sdpa-math")}
+    monkeypatch.setattr(attention, "PROVIDERS", here)
+    sections = module("report.sections").sections(as_on_a_gpu)
+    calibration = [m.name for m in sections["calibration"].plan() if m.name != "launch"]
+    wanted = {
+        "calibration": calibration,
+        "kernels": [
+            "packed lpu cmt_ti/d",
+            "lpu cmt_ti/d training float32",
+            "attention cmt_ti/d in training, beside SDPA and FlexAttention",
+        ],
+        "inference": ["cmt_ti batch 2 float32 optimize"],
         "accuracy": ["depthwise_conv3x3 float32"],
+        "peers": ["cmt_ti batch 2 original", "resnet50 batch 2 compile-channels-last"],
     }
-    for name, wanted in chosen.items():
-        plan = {m.name: m for m in sections[name].plan()}
-        for measurement in wanted:
-            if name != "training":  # batch 128 is for a GPU
-                rows = list(plan[measurement].run())
-                assert rows and all(row["mode"] for row in rows), measurement
-            else:
-                assert measurement in plan
+    for name, names in wanted.items():
+        every = {m.name: m for m in sections[name].plan()}
+        plan = [every[measurement] for measurement in names]
+        wanted[name] = replace(sections[name], plan=lambda plan=plan: plan)
+    results = module("store").ResultFile("cpu", tmp_path, "made-up-numbers")
+    results.data["machine"] |= dict(gpu="no GPU, made-up numbers")
+    report = module("report.measurement").Report(results, lambda line: None)
+    assert report.run(wanted, 1000.0)
+    assert not [state["failed"] for state in report.state.values() if state["failed"]]
+    assert len(report.state["kernels"]["clocks_power"]) == 3
+    rows = results.data["rows"]
+    assert {row["mode"] for row in rows if row["section"] == "calibration"} == {
+        "inference",
+        "training",
+        "input gradient",
+        "weight gradient",
+    }
+    for row in rows:
+        assert row.get("median_us", 1e6) == 1e6 or row["provider"] in ("triton", "copy"), row
+    work = [row for row in rows if row["section"] == "kernels" and row["provider"] in ("torch", "reference")]
+    assert len(work) == 2 and all(row["bytes"] > 0 and row["flops"] > 0 for row in work), "under the roofline"
+    module("report.page").write_page(results.data, tmp_path)
+    page = (tmp_path / "report.md").read_text()
+    assert "# cmt_fast on no GPU, made-up numbers" in page and "of products" in page
 
 
 # ---- the page, and comparisons -----------------------------------------------------------------------------------------------
@@ -235,6 +260,11 @@ def kernel(provider, us, ratio):
     return first | dict(
         median_us=us, p20_us=us, p80_us=us, ratio=ratio, bytes=100, flops=50, gb_s=1.0, gflop_s=2.0, note=""
     )
+
+
+def best(op, gb_s, gflop_s):
+    first = dict(section="calibration", op=op, shape="large", provider="torch", dtype="float32", mode="inference")
+    return first | dict(median_us=1.0, p20_us=1.0, p80_us=1.0, bytes=100, flops=50, gb_s=gb_s, gflop_s=gflop_s)
 
 
 def peer(model, provider, speed, top1):
@@ -257,6 +287,8 @@ MADE_UP = {
         "peers": dict(title="Other networks", done=[], failed={}, missing=[], note="timm is not installed"),
     },
     "rows": [
+        best("copy", 4.0, 0.0),
+        best("matrix product", 1.0, 8.0),
         kernel("reference", 10.0, 1.0),
         kernel("native", 20.0, 0.5),
         peer("deit_small_patch16_224", "eager", 10.0, 79.8),
@@ -269,9 +301,9 @@ MADE_UP = {
 def test_the_page_tells_what_is_measured_and_what_is_not(module, tmp_path):
     module("report.page").write_page(MADE_UP, tmp_path)
     text = (tmp_path / "report.md").read_text()
-    assert "| packed lpu | cmt_s/a | float32 | inference | native | 20 | 20 .. 20 | 0.50x |" in text, (
-        "rows that lose stay"
-    )
+    assert (
+        "| packed lpu | cmt_s/a | float32 | inference | native | 20 | 20 .. 20 | 0.50x | 1 | 2 | 25% | 25% |  |" in text
+    ), "rows that lose stay"
     assert "Failed: packed kv: ValueError: wrong" in text
     assert "Not measured yet (1): packed head" in text
     assert "Not here: timm is not installed" in text
@@ -289,7 +321,7 @@ def test_what_became_slower_fails(module, tmp_path, capsys):
     compare = module("compare")
     old, new = tmp_path / "old.json", tmp_path / "new.json"
     old.write_text(json.dumps(MADE_UP))
-    changed = [row | {"ratio": row["ratio"] * (0.8 if row["provider"] == "native" else 1.0)} for row in MADE_UP["rows"]]
+    changed = [row | {"ratio": 0.4} if row["provider"] == "native" else row for row in MADE_UP["rows"]]
     new.write_text(json.dumps(MADE_UP | {"rows": changed}))
     assert compare.main([str(old), str(new)]) == 0
     assert compare.main([str(old), str(new), "--fail-if-slower", "0.25"]) == 0
