@@ -2,7 +2,8 @@
 
 A line of the page is written by hand and names the command that verifies it. It is closed, ``- [x]`` with device, date, commit and file, as soon as a
 result file of a GPU has what its command makes: the tests of a file all passed, or the times of a step or an operation. A failure leaves it
-open and says so. What no file of this form can show stays in the hands of who writes the page.
+open and says so. A line that sets a goal for a time stays open too, with what was measured beside it: whoever reads the figures closes it. What no
+file of this form can show stays in the hands of who writes the page.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ Row = dict[str, Any]
 #: A line of the page, with the lines that continue it.
 _LINE = re.compile(r"^- \[[ x]\] .*(?:\n  .*)*", re.MULTILINE)
 #: What :func:`update` added to it before.
-_SEEN = re.compile(r" \((?:verified|failed) on [^()]*\)$")
+_SEEN = re.compile(r" \((?:verified|measured|failed) on [^()]*\)$")
+#: Words of a line that sets a goal.
+_GOAL = re.compile(r"\b(?:at least|at most|aims?|goals?)\b")
 _NO_BRACKETS = str.maketrans("()", "[]")
 _COMMAND = re.compile(r"`([^`]*)`")
 #: By the beginning of a command: the kind of what it makes, and where the command names it.
@@ -32,11 +35,14 @@ _MAKES = {
     "pytest -m gpu ": ("tests", re.compile(r"tests/\S+\.py")),
     "python -m benchmarks.kernels ": ("step", re.compile(r"--step (\w+)")),
     "python -m benchmarks.run ": ("op", re.compile(r"--op (\w+)")),
+    "python -m benchmarks.attention ": ("in training", re.compile(r"benchmarks\.(attention)")),
 }
+#: By kind: the operation of the rows that show it.
+_OPS = {"step": "packed {}", "op": "{}", "in training": "{} in training"}
 
 
 def update(page: str, files: Iterable[tuple[str, dict[str, Any]]]) -> str:
-    """The page with every line that a result file settles closed, or told to have failed.
+    """The page with every line that a result file settles closed, or told to have failed or what was measured.
 
     Args:
         page: its text.
@@ -52,7 +58,11 @@ def update(page: str, files: Iterable[tuple[str, dict[str, Any]]]) -> str:
         if failures:
             return f"- [ ] {text} (failed on {'; '.join(failures)})"
         if wanted and len(verdicts) == len(wanted):
-            return f"- [x] {text} (verified on {'; '.join(said for _, said in verdicts)})"
+            seen = "; ".join(said for _, said in verdicts)
+            if not _GOAL.search(text) or all(kind == "tests" for kind, _ in wanted):
+                return f"- [x] {text} (verified on {seen})"
+            if match[0].startswith("- [ ]"):
+                return f"- [ ] {text} (measured on {seen})"
         return match[0]
 
     return _LINE.sub(line, page)
@@ -82,7 +92,7 @@ def _is(row: Row, wanted: tuple[str, str]) -> bool:
     kind, name = wanted
     if kind == "tests":
         return row.get("provider") == "pytest" and row.get("op") == name
-    return row.get("op") == (f"packed {name}" if kind == "step" else name) and row.get("provider") == "triton"
+    return row.get("op") == _OPS[kind].format(name) and row.get("provider") == "triton"
 
 
 def _judge(rows: Sequence[Row]) -> tuple[bool, str]:

@@ -12,13 +12,15 @@ import itertools
 import math
 import os
 import sys
+import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from benchmarks.compare import add_comparison, compare_files
-from benchmarks.report.measurement import Report
+from benchmarks.report.measurement import DeviceLost, Report
 from benchmarks.report.page import write_page
 from benchmarks.report.sections import sections
 from benchmarks.report.settings import Settings, default_settings
@@ -35,7 +37,9 @@ PAGE_SHARE = 0.05
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 1 if something was wrong, failed, or (with ``--compare``) slower than allowed."""
     parser = _parser()
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(arguments)
+    deadline = time.monotonic() + options.budget
     if options.compare:
         return compare_files(*options.compare, options.fail_if_slower)
     if options.original:
@@ -54,9 +58,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = {name: section for name, section in every.items() if not options.only or name in options.only}
     results = _result_file(settings, options.out, options.resume)
     print(f"{results.data['machine']}\n-> {results.path}", flush=True)
-    report = Report(results, lambda line: print(line, flush=True))
+    report = Report(
+        results,
+        lambda line: print(line, flush=True),
+        device_works=partial(_computes, settings.device),
+        keep_failed=options.keep_failed,
+    )
     try:
         complete = report.run(chosen, (1 - PAGE_SHARE) * options.budget)
+    except DeviceLost as lost:
+        print(f"the device is lost to this process ({lost}): going on in a new one", flush=True)
+        left = f"--budget={max(0.0, deadline - time.monotonic())}"
+        again = [sys.executable, "-m", "benchmarks.report", *arguments, "--resume", "--keep-failed", left]
+        os.execv(sys.executable, again)
     except KeyboardInterrupt:
         print("interrupted: what is finished is in the file", flush=True)
         complete = False
@@ -67,6 +81,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     states = [results.data["sections"][name] for name in chosen]
     wrong = any(row.get("failed") for row in results.data["rows"])
     return int(wrong or any(state["failed"] for state in states))
+
+
+def _computes(device: torch.device) -> bool:
+    """Whether the device does; after an access out of bounds a GPU refuses everything of the process that made it."""
+    try:
+        return int(torch.ones(2, device=device).sum()) == 2
+    except (RuntimeError, AssertionError):  # the second of a PyTorch without CUDA
+        return False
 
 
 def _result_file(settings: Settings, out: Path | None, resume: bool) -> ResultFile:
@@ -97,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--resume", action="store_true", help="go on with the newest file of this device, day and commit"
     )
+    parser.add_argument("--keep-failed", action="store_true", help="with --resume: do not try again what failed")
     parser.add_argument(
         "--original", type=Path, metavar="FOLDER", help="of the original's cmt.py, which is then timed too"
     )

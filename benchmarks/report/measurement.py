@@ -47,6 +47,10 @@ class Unavailable(Exception):
     """Why a section cannot run on this machine."""
 
 
+class DeviceLost(Exception):
+    """A measurement left the device in a state in which nothing runs in this process any more; the file has it as failed."""
+
+
 class Report:
     """A result file with its state: which measurements are done.
 
@@ -54,12 +58,20 @@ class Report:
         results: the file; ``data["sections"]`` says for each section what is done, what failed and what is missing.
         say: called with each line of progress.
         clock: seconds, monotonic.
+        device_works: whether the device still computes; asked after a failure.
+        keep_failed: what failed in an earlier run is not tried again.
     """
 
     def __init__(
-        self, results: ResultFile, say: Callable[[str], None] = print, clock: Callable[[], float] = time.monotonic
+        self,
+        results: ResultFile,
+        say: Callable[[str], None] = print,
+        clock: Callable[[], float] = time.monotonic,
+        device_works: Callable[[], bool] = lambda: True,
+        keep_failed: bool = False,
     ) -> None:
         self.results, self.say, self.clock = results, say, clock
+        self.device_works, self.keep_failed = device_works, keep_failed
         self.state: dict[str, dict[str, Any]] = results.data.setdefault("sections", {})
         self._slower: dict[str, float] = {}  # by section: times as long as expected that the last measurement took
 
@@ -69,6 +81,9 @@ class Report:
 
         Returns:
             Whether everything is done (or failed).
+
+        Raises:
+            DeviceLost: if nothing more can be measured in this process.
         """
         deadline = self.clock() + budget
         plans = {name: self._plan(name, section) for name, section in sections.items()}
@@ -79,13 +94,16 @@ class Report:
             shares -= sections[name].share
         for name, plan in plans.items():
             self._section(name, plan, deadline)
-        return not any(self.state[name]["missing"] for name in plans)
+        self.results.add_all([])  # what is missing is in the file even if nothing ran
+        names = {name: {m.name for m in plan} for name, plan in plans.items()}
+        return not any(names[name] & set(self.state[name]["missing"]) for name in plans)
 
     def _plan(self, name: str, section: Section) -> list[Measurement]:
         state = self.state.setdefault(
             name, {"title": section.title, "done": [], "failed": {}, "missing": [], "note": ""}
         )
-        state["failed"] = {}  # tried once more
+        if not self.keep_failed:
+            state["failed"] = {}  # tried once more
         try:
             plan = list(section.plan())
             state["note"] = ""
@@ -121,7 +139,11 @@ class Report:
             self.results.add_all(rows)  # with the state, in one piece
             failure = state["failed"].get(m.name)
             self.say(f"  {m.name}: {f'failed: {failure}' if failure else f'{self.clock() - start:.1f} s'}")
+            if failure and not self.device_works():
+                raise DeviceLost(f"{m.name}: {failure}")
 
     def _missing(self, name: str, plan: list[Measurement]) -> None:
+        """Of the plan, and of those of earlier runs that asked for more."""
         state = self.state[name]
-        state["missing"] = [m.name for m in plan if m.name not in state["done"] and m.name not in state["failed"]]
+        names = dict.fromkeys([*(m.name for m in plan), *state["missing"]])
+        state["missing"] = [m for m in names if m not in state["done"] and m not in state["failed"]]

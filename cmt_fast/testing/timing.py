@@ -141,7 +141,11 @@ def _warm_up(fn: Call, stopwatch: _Stopwatch) -> float:
     """Run ``fn`` until it no longer compiles, allocates or chooses algorithms; seconds that it takes then, roughly."""
     fn()
     once = stopwatch.time(fn, 1)
-    return max(once if once > _SLOW_SECONDS else min(once, stopwatch.time(fn, 1)), 1e-7)
+    if once <= _SLOW_SECONDS:
+        once = min(once, stopwatch.time(fn, 1))
+    if once < _SAMPLE_SECONDS:  # the first calls of a short one say little
+        once = min(once, stopwatch.time(fn, math.ceil(_SAMPLE_SECONDS / max(once, 1e-7))))
+    return max(once, 1e-7)
 
 
 def _summary(samples: list[float], calls: int) -> Timing:

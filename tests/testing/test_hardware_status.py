@@ -12,8 +12,10 @@ PAGE = """# Verified
 Intro.
 
 - [ ] LPU kernel: `pytest -m gpu tests/ops/test_lpu_gpu.py`
-- [ ] LPU kernel, 80 % of copy bandwidth:
+- [ ] LPU kernel beside a copy:
   `python -m benchmarks.kernels --step lpu --device cuda`, and `--variant cmt_b`
+- [ ] LPU kernel, at least 85 % of copy bandwidth: `python -m benchmarks.kernels --step lpu --device cuda`
+- [ ] attention, at least three times eager: `python -m benchmarks.attention --device cuda`
 - [ ] both: `pytest -m gpu tests/ops/test_lpu_gpu.py`, `python -m benchmarks.run --op lpu --device cuda`
 - [ ] stem: `pytest -m gpu tests/ops/test_stem_gpu.py tests/ops/test_lpu_gpu.py` (16 GB)
 - [ ] nccl: `torchrun ...`
@@ -44,6 +46,20 @@ def test_lines_are_closed_by_what_their_commands_make(status):
         status.update(new, [("h100/a.json", dict(machine=MACHINE, rows=[TESTS, STEP, STEP | dict(of_copy=0.9)]))])
         == new
     )
+
+
+def test_a_goal_is_judged_by_a_reader(status):
+    core = dict(op="attention in training", provider="triton", median_us=5.0, note="")
+    files = [("h100/a.json", dict(machine=MACHINE, rows=[STEP, core]))]
+    new = status.update(PAGE, files)
+    goal = "LPU kernel, at least 85 % of copy bandwidth: `python -m benchmarks.kernels --step lpu --device cuda`"
+    measured = f"(measured on {SEEN}: 81% to 81% of copy bandwidth)"
+    assert f"- [ ] {goal} {measured}" in new, "81 is not 85: a file does not close it"
+    assert f"`python -m benchmarks.attention --device cuda` (measured on {SEEN}: 1 times)" in new
+    closed = new.replace(f"- [ ] {goal}", f"- [x] {goal}")
+    assert status.update(closed, files) == closed, "what a reader closed stays closed"
+    wrong = [("h100/b.json", dict(machine=MACHINE, rows=[STEP | dict(median_us=None, note="wrong output")]))]
+    assert f"- [ ] {goal} (failed on" in status.update(closed, wrong)
 
 
 def test_a_failure_opens_a_line_again(status):

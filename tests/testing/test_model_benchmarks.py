@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -87,11 +88,57 @@ DATA = {
 def test_the_tables_hold_every_row_of_the_file(monkeypatch):
     text = module(monkeypatch, "table").tables(DATA, "results/file.json")
     assert "a CPU, 2 cores, 1 threads, AVX2; torch 2, cmt_fast 0 at c0ffee" in text and "`results/file.json`" in text
-    assert "| model | pixels | batch | precision | original | reference | optimize |" in text
-    assert "| cmt_s | 224 | 8 | float32 | 120 | 150 (0.80x) | 60.2 (2.00x) |" in text, "losing rows stay"
-    assert "| cmt_s | 224 | 8 | float32 | 0.5 | 2.2 |" in text
-    assert "| cmt_s | 224 | 8 | float32 | 100 | 40 (0.40x) |" in text
-    assert "No time: cmt_s 224 8 float32 `onnxruntime`: ImportError: not installed." in text
+    times, ready, peak, kept = text.split(":\n\n")[1:]
+    assert "| provider | cmt_s at 224, batch 8 |" in times and "float32" in text
+    assert "| `original` | 120 |\n| `reference` | 150 (0.80x) |\n| `optimize` | 60.2 (2.00x) |" in times
+    assert "| `original` | 0.5 |\n| `optimize` | 2.2 |" in ready
+    assert "| `original` | 100 |\n| `optimize` | 40 (0.40x) |" in peak
+    assert "| `original` | 3 |\n| `optimize` | -1 |" in kept
+    assert "No time: cmt_s at 224, batch 8, `onnxruntime`: ImportError: not installed." in text
+
+
+def test_settings_of_two_precisions_are_two_columns(monkeypatch):
+    low = row("original", 90.0, 1.0) | dict(dtype="bfloat16")
+    table = module(monkeypatch, "table")
+    text = table.tables(DATA | {"rows": [*DATA["rows"], low]}, "results/file.json")
+    assert "| provider | cmt_s at 224, batch 8, float32 | cmt_s at 224, batch 8, bfloat16 |" in text
+    assert "| `optimize` | 60.2 (2.00x) | - |" in text
+    with pytest.raises(ValueError, match="no rows of whole models"):
+        table.tables(DATA, "results/file.json", ["cmt_b"])
+
+
+def test_other_networks_and_their_figure(monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    peers = [
+        dict(section="peers", model=name, img_size=224, batch=1, provider=provider, dtype="float32", mode="inference")
+        | dict(images_per_s=speed, ratio=speed / 10, top1=top1, source="a paper")
+        for name, provider, speed, top1 in (
+            ("deit_small_patch16_224", "eager", 10.0, 79.8),
+            ("vit_small_patch16_224", "eager", 9.5, None),
+            ("cmt_s", "original", 8.0, 83.5),
+            ("cmt_s", "optimize", 16.0, 83.5),
+        )
+    ]
+    results, page = tmp_path / "results.json", tmp_path / "PAGE.md"
+    results.write_text(json.dumps(DATA | {"rows": [*DATA["rows"], *peers]}))
+    table = module(monkeypatch, "table")
+    page.write_text(f"{table.BEGIN}\n{table.END}\n")
+    assert table.main([str(results), "--write", str(page)]) == 0
+    text = page.read_text()
+    assert "| `cmt_s` | optimize | 224 | 83.5 | 16.0 | 1.60x |\n| `deit_small" in text, "the fastest first"
+    assert "| `vit_small_patch16_224` | eager | 224 | - | 9.5 | 0.95x |" in text
+    assert "(docs/figures/accuracy.png)" in text and (tmp_path / "docs/figures/accuracy.png").exists()
+
+
+def test_the_readme_holds_what_its_result_file_says(monkeypatch):
+    table = module(monkeypatch, "table")
+    _, _, rest = (ROOT / "README.md").read_text().partition(f"{table.BEGIN}\n")
+    block, _, _ = rest.partition(table.END)
+    (path,) = re.findall(r"File: `(benchmarks/results/\S+\.json)`", block)
+    data = module(monkeypatch, "store").load(ROOT / path)
+    expected = table.tables(data, path, ["cmt_s"], list(table.SHOWN))
+    assert block == expected, f"python -m benchmarks.table {path} --model cmt_s --write README.md"
+    assert all((ROOT / table.IMAGES / f"{name}.png").exists() for name in table.SHOWN)
 
 
 def test_the_tables_go_between_the_markers(monkeypatch, tmp_path):

@@ -55,8 +55,8 @@ def parts(module, tmp_path):
 
         return measurement.Section(title, plan, share)
 
-    def report():
-        return measurement.Report(store.ResultFile("cpu", tmp_path, "report"), lambda line: None, clock)
+    def report(**options):
+        return measurement.Report(store.ResultFile("cpu", tmp_path, "report"), lambda line: None, clock, **options)
 
     return section, report, ran, clock
 
@@ -100,6 +100,51 @@ def test_what_fails_is_told_and_tried_again(parts):
     second = report()
     assert second.run({"a": section("A", ["a1", "a2"])}, 1000.0)
     assert second.state["a"]["failed"] == {} and ran == ["a1", "a2", "a1"]
+
+
+def test_a_lost_device_costs_one_measurement(parts, module):
+    """As after an access out of bounds on a GPU: nothing runs in that process any more, and the next process goes on behind it."""
+    section, report, ran, _ = parts
+    measurement = module("report.measurement")
+    sections = {"a": section("A", ["a1", "a2", "a3"], wrong=["a2"])}
+    with pytest.raises(measurement.DeviceLost, match="a2: ValueError: a2 is wrong"):
+        report(device_works=lambda: False).run(sections, 1000.0)
+    after = report(keep_failed=True)
+    assert after.run(sections, 1000.0) and ran == ["a1", "a2", "a3"]
+    assert after.state["a"]["done"] == ["a1", "a3"] and list(after.state["a"]["failed"]) == ["a2"]
+
+
+def test_a_lost_device_starts_a_new_process(module, monkeypatch, tmp_path):
+    main, measurement = module("report.__main__"), module("report.measurement")
+
+    def lost(self, sections, budget):
+        raise measurement.DeviceLost("a2: it went out of bounds")
+
+    class Replaced(Exception):
+        pass
+
+    def execv(path, command):
+        raise Replaced(command)
+
+    monkeypatch.setattr(measurement.Report, "run", lost)
+    monkeypatch.setattr(os, "execv", execv)
+    options = ["--device", "cpu", "--quick", "--out", str(tmp_path), "--budget", "100"]
+    with pytest.raises(Replaced) as replaced:
+        main.main(options)
+    (command,) = replaced.value.args
+    assert command[:-3] == [sys.executable, "-m", "benchmarks.report", *options]
+    assert command[-3:-1] == ["--resume", "--keep-failed"]
+    left = main._parser().parse_args(command[3:]).budget
+    assert 90 < left <= 100, "of the same budget"
+    assert main._computes(torch.device("cpu")) and not main._computes(torch.device("cuda:99"))
+
+
+def test_what_an_earlier_run_left_out_stays_missing(parts):
+    section, report, _, _ = parts
+    assert not report().run({"a": section("A", ["a1", "a2", "a3"])}, 10.0)
+    narrower = report()
+    assert narrower.run({"a": section("A", ["a2"])}, 1000.0), "all of its plan"
+    assert narrower.results.data["sections"]["a"]["missing"] == ["a3"]
 
 
 def test_an_error_without_a_message_is_told_too(parts):
