@@ -129,7 +129,7 @@ def measure_shape(
     able = [name for name in providers if not notes[name]]
     for mode in ("forward", "backward"):
         calls = {name: _call(PROVIDERS[name], inputs, grad, mode) for name in able}
-        timings = measure_interleaved(calls, seconds=seconds, device=device, cold_cache=device.type == "cuda")
+        timings = measure_interleaved(calls, seconds=seconds, device=device, cold_cache=True)
         for name in providers:
             t = timings.get(name)
             yield dict(

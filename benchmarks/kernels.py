@@ -103,7 +103,7 @@ def measure_step(
                 notes[provider] = error_line(error)
             if not notes[provider]:
                 calls[provider] = possible[provider]
-        timings = measure_interleaved(calls, seconds=seconds, device=device, cold_cache=device.type == "cuda")
+        timings = measure_interleaved(calls, seconds=seconds, device=device, cold_cache=True)
     for provider in providers:
         t = timings.get(provider)
         yield dict(

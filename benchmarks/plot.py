@@ -11,7 +11,7 @@ import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ def plot(data: Data, path: Path, mode: str = "inference", dtype: str | None = No
         ValueError: if there is nothing to draw.
         ImportError: without matplotlib.
     """
-    save(ratios(data, mode, dtype), path)
+    _write(ratios(data, mode, dtype), path)
 
 
 def ratios(data: Data, mode: str = "inference", dtype: str | None = None, of: str | None = None) -> Any:
@@ -248,8 +248,8 @@ FIGURES: dict[str, Callable[[Data], Any]] = {
 }
 
 
-def write_figures(data: Data, folder: Path) -> dict[str, Path]:
-    """Every figure that there is data for, as PNG files in ``folder``, by name.
+def write_figures(data: Data, folder: Path, names: Iterable[str] = FIGURES) -> dict[str, Path]:
+    """Every figure of these that there is data for, as PNG files in ``folder``, by name.
 
     Raises:
         ImportError: without matplotlib.
@@ -257,13 +257,13 @@ def write_figures(data: Data, folder: Path) -> dict[str, Path]:
     _matplotlib()
     folder.mkdir(parents=True, exist_ok=True)
     written = {}
-    for name, draw in FIGURES.items():
+    for name in names:
         try:
-            figure = draw(data)
+            figure = FIGURES[name](data)
         except ValueError:
             continue  # nothing to draw
         written[name] = folder / f"{name}.png"
-        save(figure, written[name])
+        _write(figure, written[name])
     return written
 
 
@@ -292,7 +292,7 @@ def _figure(data: Data, title: str, height: float) -> tuple[Any, Any]:
     return figure, axes
 
 
-def save(figure: Any, path: Path) -> None:
+def _write(figure: Any, path: Path) -> None:
     """Write a figure, whole or not at all."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=path.suffix)
     os.close(handle)
@@ -330,7 +330,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for path in write_figures(data, options.target).values():
             print(path)
     elif options.figure:
-        save(FIGURES[options.figure](data), options.target)
+        _write(FIGURES[options.figure](data), options.target)
     else:
         plot(data, options.target, options.mode, options.dtype)
     return 0

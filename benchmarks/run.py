@@ -75,7 +75,7 @@ def measure_case(
             except Exception as error:
                 calls.pop(provider, None)
                 notes[provider] = error_line(error)
-    timings = measure_interleaved(calls, seconds=seconds, device=device, cold_cache=device.type == "cuda")
+    timings = measure_interleaved(calls, seconds=seconds, device=device, cold_cache=True)
     base = timings.get(BASELINE)
     size, flops = work(case, p, device, mode)
     for provider in providers:

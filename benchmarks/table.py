@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.plot import FIGURES, save
+from benchmarks.plot import write_figures
 from benchmarks.store import load
 from cmt_fast.testing.providers import BASELINE, PROVIDERS
 from cmt_fast.testing.results import device_name
@@ -45,7 +45,7 @@ def tables(data: dict[str, Any], path: str, models: Sequence[str] = (), figures:
         place += f", {simd}"
     blocks = [
         f"Machine: {place}; torch {facts['torch']}, cmt_fast {facts['cmt_fast']} at {facts['commit']}. File: `{path}`, with the spread, "
-        "every sample and the rest; make your own with `make report` ([docs/benchmarks.md](docs/benchmarks.md) says what each provider is).",
+        "the samples and the rest; make your own with `make report` ([docs/benchmarks.md](docs/benchmarks.md) says what each provider is).",
     ]
     for mode in dict.fromkeys(row["mode"] for row in rows):
         mine = [row for row in rows if row["mode"] == mode]
@@ -59,8 +59,7 @@ def tables(data: dict[str, Any], path: str, models: Sequence[str] = (), figures:
         notes = [f"{_column(mine, _setting(row))}, `{row['provider']}`: {row['note']}" for row in mine if row["note"]]
         if notes:
             blocks.append("No time: " + "; ".join(notes) + ".")
-    if peers := _peers(data):
-        blocks += peers
+    blocks += _peers(data)
     blocks += [f"![{SHOWN[name]}]({IMAGES}/{name}.png)" for name in figures]
     return "\n\n".join(blocks) + "\n"
 
@@ -191,16 +190,8 @@ def write_block(path: Path, text: str) -> None:
 def write_page(path: Path, results: Path, models: Sequence[str] = ()) -> None:
     """Put the tables of a result file, and the figures that it has data for, into a Markdown file and the folder of its figures."""
     data = load(results)
-    shown = []
-    for name in SHOWN:
-        try:
-            figure = FIGURES[name](data)
-        except ValueError:
-            continue  # nothing to draw
-        (path.parent / IMAGES).mkdir(parents=True, exist_ok=True)
-        save(figure, path.parent / IMAGES / f"{name}.png")
-        shown.append(name)
-    write_block(path, tables(data, os.path.relpath(results, ROOT), models, shown))
+    shown = write_figures(data, path.parent / IMAGES, SHOWN)
+    write_block(path, tables(data, os.path.relpath(results, ROOT), models, list(shown)))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -84,12 +84,11 @@ def measure_interleaved(
     if not fns:
         return {}
     device = torch.device(device)
+    cold_cache = cold_cache and device.type == "cuda"
     stopwatch: _Stopwatch = _EventStopwatch(device, cold_cache) if device.type == "cuda" else _ClockStopwatch()
     once = {name: _warm_up(fn, stopwatch) for name, fn in fns.items()}
     slowest = max(once.values())
-    calls = {
-        name: 1 if cold_cache and device.type == "cuda" else max(1, round(_SAMPLE_SECONDS / once[name])) for name in fns
-    }
+    calls = {name: 1 if cold_cache else max(1, round(_SAMPLE_SECONDS / once[name])) for name in fns}
     slow = slowest > _SLOW_SECONDS
     repeats = {name: min(10, math.ceil(slowest / once[name] / 10)) if slow else 1 for name in fns}
     rounds = min_runs or (3 if slow else 5)
