@@ -76,6 +76,22 @@ def key(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(row.get(name) for name in KEY)
 
 
+def quieter(earlier: Mapping[str, Any] | None, row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of two visits of a row the one in which it and what it took turns with were faster: whatever disturbs only adds time.
+
+    (Chen and Revels, Robust benchmarking in noisy environments, 2016, section IV.) ``ratios`` of the result has every visit's.
+    """
+    if earlier is None or row.get("ratio") is None or earlier.get("ratio") is None:
+        return row
+    # the product of both times, as ratio = baseline's / own
+    faster = min(row, earlier, key=lambda one: one["ratio"] * _median(one) ** 2)
+    return {**faster, "ratios": [*earlier.get("ratios", [earlier["ratio"]]), row["ratio"]]}
+
+
+def _median(row: Mapping[str, Any]) -> float:
+    return row["median_us"] if "median_us" in row else row["median_ms"]
+
+
 def slug(name: str) -> str:
     """A device's name as a folder's: ``NVIDIA H100 80GB HBM3`` becomes ``nvidia-h100-80gb-hbm3``."""
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-")

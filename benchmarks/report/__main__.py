@@ -20,8 +20,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.compare import add_comparison, compare_files
-from benchmarks.report.measurement import DeviceLost, Report
+from benchmarks.report.measurement import VISITS, DeviceLost, Report
 from benchmarks.report.page import write_page
+from benchmarks.report.probe import probe
 from benchmarks.report.sections import sections
 from benchmarks.report.settings import Settings, default_settings
 from benchmarks.run import QUICK_RESULTS
@@ -61,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report = Report(
         results,
         lambda line: print(line, flush=True),
+        probe=partial(probe, settings.device),
+        visits=1 if settings.quick else VISITS,
         device_works=partial(_computes, settings.device),
         keep_failed=options.keep_failed,
     )
@@ -128,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", nargs="+", choices=PRECISIONS, metavar="NAME", help=", ".join(PRECISIONS))
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, or auto")
     parser.add_argument("--threads", type=int, help="of a CPU; PyTorch's choice by default")
-    parser.add_argument("--seconds", type=float, help="for each time; 1, or 0.02 with --quick")
+    parser.add_argument("--seconds", type=float, help="for each time; 1 on a GPU, 0.5 on a CPU, 0.02 with --quick")
     parser.add_argument("--out", type=Path, help="folder of result files; benchmarks/results, with --quick outputs/")
     parser.add_argument("--quick", action="store_true", help="small images: to see that everything runs")
     add_comparison(parser)

@@ -1,16 +1,25 @@
-"""What a report is made of: measurements, each finished and written alone, run within a budget and taken up again."""
+"""What a report is made of: measurements, each finished and written alone, run within a budget, taken up again, and repeated."""
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.store import ResultFile
+from benchmarks.store import ResultFile, key, quieter
 from cmt_fast.testing.results import clocks_power, error_line
 
 Rows = Iterable[Mapping[str, Any]]
+
+#: A machine is quiet while its probe takes at most so many times what it took at best.
+QUIET = 1.04
+#: Visits of a measurement at most; two are enough if the machine was quiet in one.
+VISITS = 5
+#: What takes longer, as compiling does, is measured once and last.
+_SLOW_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -36,11 +45,20 @@ class Section:
         title: of its part of the page.
         plan: makes the measurements, the most telling first; a section that cannot run here raises :class:`Unavailable`.
         share: of the budget, relative to the others.
+        repeated: it is timed, so that a second visit in a quieter moment can only be nearer to the truth.
     """
 
     title: str
     plan: Callable[[], Iterable[Measurement]]
     share: float
+    repeated: bool = False
+
+
+def quietest(sections: Mapping[str, Mapping[str, Any]]) -> float:
+    """What the probe took at best around the visits of a result file's sections, in seconds; 0 if there were none."""
+    return min(
+        (x for state in sections.values() for x in itertools.chain(*state.get("visits", {}).values())), default=0.0
+    )
 
 
 class Unavailable(Exception):
@@ -55,9 +73,12 @@ class Report:
     """A result file with its state: which measurements are done.
 
     Args:
-        results: the file; ``data["sections"]`` says for each section what is done, what failed and what is missing.
+        results: the file; ``data["sections"]`` says for each section what is done, what failed and what is missing, and of
+            each visit of a measurement what the probe took around it.
         say: called with each line of progress.
         clock: seconds, monotonic.
+        probe: times work that is always the same: seconds, more of them while something else slows this machine.
+        visits: of each measurement at most.
         device_works: whether the device still computes; asked after a failure.
         keep_failed: what failed in an earlier run is not tried again.
     """
@@ -67,17 +88,23 @@ class Report:
         results: ResultFile,
         say: Callable[[str], None] = print,
         clock: Callable[[], float] = time.monotonic,
+        probe: Callable[[], float] = lambda: 1.0,
+        visits: int = VISITS,
         device_works: Callable[[], bool] = lambda: True,
         keep_failed: bool = False,
     ) -> None:
         self.results, self.say, self.clock = results, say, clock
+        self.probe, self.visits = probe, visits
         self.device_works, self.keep_failed = device_works, keep_failed
         self.state: dict[str, dict[str, Any]] = results.data.setdefault("sections", {})
         self._slower: dict[str, float] = {}  # by section: times as long as expected that the last measurement took
+        self._probed = 0.0  # what the probe took after the last measurement
+        self._took: dict[tuple[str, str], float] = {}  # by section and measurement: seconds of its last visit
 
     def run(self, sections: Mapping[str, Section], budget: float) -> bool:
         """Run what is not done. Each section first gets its share of the budget, what one leaves goes to the next; then those that
-        had too little get the rest, in their order.
+        had too little get the rest, in their order. What is left goes to second visits, see :meth:`_repeat`, and at last to what
+        takes minutes.
 
         Returns:
             Whether everything is done (or failed).
@@ -93,6 +120,9 @@ class Report:
             self._section(name, plan, min(deadline, self.clock() + left * sections[name].share / shares))
             shares -= sections[name].share
         for name, plan in plans.items():
+            self._section(name, [m for m in plan if m.expected_s <= _SLOW_SECONDS], deadline)
+        self._repeat({name: plan for name, plan in plans.items() if sections[name].repeated}, deadline)
+        for name, plan in plans.items():
             self._section(name, plan, deadline)
         self.results.add_all([])  # what is missing is in the file even if nothing ran
         names = {name: {m.name for m in plan} for name, plan in plans.items()}
@@ -102,6 +132,7 @@ class Report:
         state = self.state.setdefault(
             name, {"title": section.title, "done": [], "failed": {}, "missing": [], "note": ""}
         )
+        state.setdefault("visits", {})
         if not self.keep_failed:
             state["failed"] = {}  # tried once more
         try:
@@ -124,26 +155,67 @@ class Report:
             if not told:
                 self.say(f"== {state['title']}")
                 told = True
-            start = self.clock()
-            rows: list[dict[str, Any]] = []
-            try:
-                rows = [{"section": name, **row} for row in m.run()]
-                state["done"].append(m.name)
-            except Exception as error:
-                state["failed"][m.name] = error_line(error)
+            self._visit(name, m)
             if m.expected_s > 0:  # as slow as this one was, the next may be
-                self._slower[name] = max(1.0, (self.clock() - start) / m.expected_s)
-            if "gpu" in self.results.data["machine"]:  # a GPU that throttled shows here
-                state.setdefault("clocks_power", {})[m.name] = clocks_power()
-            self._missing(name, plan)
-            self.results.add_all(rows)  # with the state, in one piece
-            failure = state["failed"].get(m.name)
-            self.say(f"  {m.name}: {f'failed: {failure}' if failure else f'{self.clock() - start:.1f} s'}")
-            if failure and not self.device_works():
-                raise DeviceLost(f"{m.name}: {failure}")
+                self._slower[name] = max(1.0, self._took[name, m.name] / m.expected_s)
 
-    def _missing(self, name: str, plan: list[Measurement]) -> None:
-        """Of the plan, and of those of earlier runs that asked for more."""
+    def _repeat(self, plans: Mapping[str, list[Measurement]], deadline: float) -> None:
+        """Visit again what was never measured while the machine was quiet, then what was measured only once.
+
+        Virtual machines share clocks, caches and memory with others, for minutes: longer than any measurement, so that more
+        samples at one time do not help, but a visit at another time does. Each row keeps its quietest visit.
+        """
+        told = False
+        while again := self._worst([(name, m) for name, plan in plans.items() for m in plan], deadline):
+            if not told:
+                self.say("== Again, at another time")
+                told = True
+            self._visit(*again)
+
+    def _worst(
+        self, measurements: Iterable[tuple[str, Measurement]], deadline: float
+    ) -> tuple[str, Measurement] | None:
+        """What gains most from one more visit, and has time for it."""
+        best = quietest(self.state)
+        waiting = []
+        for name, m in measurements:
+            state, expected = self.state[name], self._took.get((name, m.name), m.expected_s)
+            visits = state["visits"].get(m.name, [])
+            quiet = min(visits, default=math.inf) <= QUIET * best
+            done = m.name in state["done"] and m.name not in state["failed"]
+            enough = len(visits) >= (min(2, self.visits) if quiet else self.visits)
+            if done and not enough and expected <= _SLOW_SECONDS and self.clock() + expected <= deadline:
+                waiting.append((quiet, len(visits), name, m))
+        return min(waiting, key=lambda one: one[:2])[2:] if waiting else None
+
+    def _visit(self, name: str, m: Measurement) -> None:
+        state = self.state[name]
+        before, start = self._probed or self.probe(), self.clock()
+        rows: list[dict[str, Any]] = []
+        try:
+            rows = [{"section": name, **row} for row in m.run()]
+            if m.name not in state["done"]:
+                state["done"].append(m.name)
+        except Exception as error:
+            state["failed"][m.name] = error_line(error)
+        seconds = self._took[name, m.name] = self.clock() - start
+        if "gpu" in self.results.data["machine"]:  # a GPU that throttled shows here
+            state.setdefault("clocks_power", {})[m.name] = clocks_power()
+        failure = state["failed"].get(m.name)
+        works = not failure or self.device_works()
+        if works:
+            self._probed = self.probe()
+        if not failure:
+            state["visits"].setdefault(m.name, []).append(float(f"{max(before, self._probed):.4g}"))
+        self._missing(name)
+        earlier = {key(row): row for row in self.results.data["rows"]}
+        self.results.add_all(quieter(earlier.get(key(row)), row) for row in rows)  # with the state, in one piece
+        self.say(f"  {m.name}: {f'failed: {failure}' if failure else f'{seconds:.1f} s'}")
+        if not works:
+            raise DeviceLost(f"{m.name}: {failure}")
+
+    def _missing(self, name: str, plan: Iterable[Measurement] = ()) -> None:
+        """Of the plan, and of those that were missing before: an earlier run may have asked for more."""
         state = self.state[name]
         names = dict.fromkeys([*(m.name for m in plan), *state["missing"]])
         state["missing"] = [m for m in names if m not in state["done"] and m not in state["failed"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Any
 from benchmarks.report.measurement import Measurement, Unavailable
 from benchmarks.report.settings import Settings
 from cmt_fast.models.variants import VARIANTS
-from cmt_fast.testing.benchmark import bench
+from cmt_fast.testing.benchmark import Subject, bench
 from cmt_fast.testing.fresh import measure_fresh
 from cmt_fast.testing.original_code import original_folder
 from cmt_fast.testing.precision import precision
@@ -26,6 +27,10 @@ INFERENCE = (
     *(name for name in PROVIDERS if name not in (BASELINE, "optimize", "original-freezing-max-autotune")),
 )
 TRAINING = ("auto", "reference", "original-code", "compile", "original-compile")
+
+
+#: One after the other, the providers of a setting are judged by the same float64 run.
+_subject = functools.lru_cache(maxsize=1)(Subject)
 
 
 def plan(settings: Settings, mode: str) -> Iterator[Measurement]:
@@ -78,6 +83,7 @@ def _rows(
         mode,
         settings.img_size,
         seconds=settings.seconds,
+        make_subject=_subject,
     )
     if row.note.startswith("wrong"):
         raise AssertionError(row.note)

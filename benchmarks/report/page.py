@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.peaks import Peaks, peaks
 from benchmarks.plot import write_figures
+from benchmarks.report.measurement import QUIET, quietest
 from cmt_fast.testing.results import device_name
 from cmt_fast.training.report import Report
 
@@ -35,7 +36,7 @@ def write_page(data: dict[str, Any], folder: Path) -> Path:
     page = Report(
         f"cmt_fast on {device_name(facts)}",
         "Every number was measured on this machine; ratios are of providers that took turns in one process. A result that was "
-        "not as accurate as PyTorch's own gets no time. Rows that lose stay.",
+        "not as accurate as PyTorch's own gets no time. Rows that lose stay. Of several visits the quietest counts.",
         [(name.replace("_", " "), str(value)) for name, value in facts.items() if value is not None],
     )
     try:
@@ -52,22 +53,27 @@ def write_page(data: dict[str, Any], folder: Path) -> Path:
         rows = [row for row in data["rows"] if row.get("section") == name]
         for header, lines in _tables(name, rows, best):
             page.table(header, lines)
-        for note in _notes(state):
+        for note in _notes(state, QUIET * quietest(data["sections"])):
             page.text(note)
     return page.write(folder)
 
 
-def _notes(state: dict[str, Any]) -> list[str]:
+def _notes(state: dict[str, Any], quiet: float) -> list[str]:
+    """``quiet``: seconds that the probe takes at most while the machine is quiet."""
     notes = [f"Not here: {state['note']}"] if state["note"] else []
+    if disturbed := [name for name, visits in state.get("visits", {}).items() if min(visits) > quiet]:
+        notes.append(f"Measured only while something else slowed the machine: {_first(disturbed)}.")
     if clocks := state.get("clocks_power"):
         sm = sorted(int(line.split()[0]) for line in clocks.values() if line and line.split()[0].isdigit())
         notes += [f"SM clock after each measurement: {sm[0]} to {sm[-1]} MHz; with power in the file."] if sm else []
     notes += [f"Failed: {name}: {why}" for name, why in state["failed"].items()]
     if state["missing"]:
-        notes.append(
-            f"Not measured yet ({len(state['missing'])}): {', '.join(state['missing'][:12])}{' ...' if len(state['missing']) > 12 else ''}"
-        )
+        notes.append(f"Not measured yet ({len(state['missing'])}): {_first(state['missing'])}")
     return notes
+
+
+def _first(names: Sequence[str], count: int = 12) -> str:
+    return ", ".join(names[:count]) + (" ..." if len(names) > count else "")
 
 
 def _tables(section: str, rows: Sequence[Row], best: Peaks) -> list[tuple[list[str], list[list[str]]]]:
@@ -105,6 +111,14 @@ def _ratio(x: float | None) -> str:
     return "–" if x is None else f"{x:.2f}x"
 
 
+def _visits(row: Row) -> str:
+    """The lowest and the highest ratio of all visits, and how many they are; nothing of a baseline."""
+    ratios = row.get("ratios", [row["ratio"]])
+    if ratios[-1] in (None, 1.0):
+        return ""
+    return f"{min(ratios):.2f} .. {max(ratios):.2f} ({len(ratios)})"
+
+
 def _tests(row: Row) -> list[str]:
     return [row["op"], str(row["passed"]), str(row["failed"]), str(row["skipped"]), row["note"]]
 
@@ -120,7 +134,7 @@ def _calibration(row: Row) -> list[str]:
 
 def _kernel(row: Row) -> list[str]:
     what = [row["op"], row["shape"], row["dtype"], row["mode"], row["provider"]]
-    return [*what, *_us(row), _ratio(row["ratio"]), *_rates(row), row["note"]]
+    return [*what, *_us(row), _ratio(row["ratio"]), _visits(row), *_rates(row), row["note"]]
 
 
 def _rates(row: Row) -> list[str]:
@@ -136,6 +150,7 @@ def _model(row: Row) -> list[str]:
         spread,
         _number(row["images_per_s"]),
         _ratio(row["ratio"]),
+        _visits(row),
         _number(row["peak_mib"]),
     ]
     return [*what, *numbers, row["note"]]
@@ -148,7 +163,14 @@ def _memory(row: Row) -> list[str]:
 
 def _peer(row: Row) -> list[str]:
     what = [row["model"], str(row["img_size"]), str(row["batch"]), row["provider"]]
-    return [*what, _number(row["images_per_s"]), _ratio(row["ratio"]), _number(row["top1"]), row["source"]]
+    return [
+        *what,
+        _number(row["images_per_s"]),
+        _ratio(row["ratio"]),
+        _visits(row),
+        _number(row["top1"]),
+        row["source"],
+    ]
 
 
 _MODEL = (
@@ -161,6 +183,7 @@ _MODEL = (
         "20th .. 80th percentile",
         "images/s",
         "over original",
+        "of all visits",
         "peak MiB",
         "note",
     ],
@@ -198,6 +221,7 @@ _LINES: dict[str, Any] = {
             "us",
             "20th .. 80th percentile",
             "over PyTorch",
+            "of all visits",
             *_RATES,
             "note",
         ],
@@ -209,5 +233,18 @@ _LINES: dict[str, Any] = {
         ["model", "batch", "precision", "provider", "peak MiB of a call", "MiB kept", "s to the first result"],
         _memory,
     ),
-    "peers": (["network", "pixels", "batch", "provider", "images/s", "over DeiT-S", "top-1", "accuracy from"], _peer),
+    "peers": (
+        [
+            "network",
+            "pixels",
+            "batch",
+            "provider",
+            "images/s",
+            "over DeiT-S",
+            "of all visits",
+            "top-1",
+            "accuracy from",
+        ],
+        _peer,
+    ),
 }

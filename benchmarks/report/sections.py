@@ -15,9 +15,11 @@ def sections(settings: Settings) -> dict[str, Section]:
         "tests": Section("Tests on this device", partial(accuracy.tests_plan, settings), 2.0),
         "accuracy": Section("Errors against float64", partial(accuracy.plan, settings), 1.5),
         "calibration": Section("What this machine does at best", partial(calibration.plan, settings), 1.5),
-        "inference": Section("Whole models, inference", partial(models.plan, settings, "inference"), 3.0),
-        "kernels": Section("Operations and steps", partial(kernels.plan, settings), 3.0),
-        "training": Section("Whole models, training", partial(models.plan, settings, "training"), 1.5),
+        "inference": Section(
+            "Whole models, inference", partial(models.plan, settings, "inference"), 3.0, repeated=True
+        ),
+        "kernels": Section("Operations and steps", partial(kernels.plan, settings), 3.0, repeated=True),
+        "training": Section("Whole models, training", partial(models.plan, settings, "training"), 1.5, repeated=True),
         "memory": Section("Memory", partial(models.memory_plan, settings), 1.0),
-        "peers": Section("Other networks", partial(peers.plan, settings), 2.5),
+        "peers": Section("Other networks", partial(peers.plan, settings), 2.5, repeated=True),
     }

@@ -20,7 +20,7 @@ class Settings:
         device: what is measured.
         variants: published variants, the most telling first.
         batches, dtypes: of whole models, likewise.
-        seconds: to spend on each time.
+        seconds: to spend on each time, at one visit.
         quick: small images and few shapes: to see that everything runs.
         root: of the checkout, where the tests are.
     """
@@ -59,7 +59,7 @@ def default_settings(
         variants=tuple(variants or (("cmt_ti",) if quick else ("cmt_s", "cmt_ti", "cmt_xs", "cmt_b"))),
         batches=tuple(batches or ((2,) if quick else (256, 1, 32) if gpu else (1, 8))),
         dtypes=tuple(dtypes or (("float32",) if quick else ("bfloat16" if gpu else "float32", "autocast-bfloat16"))),
-        seconds=seconds or (0.02 if quick else 1.0),
+        seconds=seconds or (0.02 if quick else 1.0 if gpu else 0.5),
         quick=quick,
         root=Path(__file__).parents[2],
     )

@@ -80,6 +80,7 @@ def bench(
     progress: Progress | None = None,
     *,
     on_rows: Callable[[list[Row]], None] | None = None,
+    make_subject: Callable[[str, int, int, Precision, torch.device, str], Subject] | None = None,
 ) -> list[Row]:
     """Time providers side by side, in turns, on the same weights and images.
 
@@ -97,6 +98,7 @@ def bench(
         seconds: to spend on each measurement, roughly.
         progress: see :data:`Progress`.
         on_rows: called with the rows of each model, dtype and batch as soon as they are measured.
+        make_subject: makes each :class:`Subject`; one that remembers its last spares a second call the float64 run.
 
     Returns:
         A :class:`Row` for every combination.
@@ -119,7 +121,7 @@ def bench(
     rows: list[Row] = []
     for name, p, batch in settings:
         size = img_size or VARIANTS[name].resolution
-        subject = _Subject(name, size, batch, p, device, mode)
+        subject = (make_subject or Subject)(name, size, batch, p, device, mode)
         entries: list[_Entry] = []
         for provider in providers:
             if progress is not None:
@@ -170,8 +172,14 @@ def make_images(batch: int, size: int, p: Precision, device: torch.device | str 
     return images.to(p.low).to(device, p.dtype)
 
 
-class _Subject:
-    """One model, batch, dtype and mode: makes the providers, judges them, and writes their rows."""
+class Subject:
+    """One model, batch, dtype and mode: makes the providers, judges them, and writes their rows.
+
+    Args:
+        name: of a published variant.
+        size: of the images, in pixels.
+        batch, p, device, mode: as in :func:`bench`.
+    """
 
     def __init__(self, name: str, size: int, batch: int, p: Precision, device: torch.device, mode: str) -> None:
         self.name, self.size, self.p, self.device, self.mode = name, size, p, device, mode

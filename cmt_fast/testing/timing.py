@@ -18,7 +18,7 @@ Call = Callable[[], object]
 _SAMPLE_SECONDS = 1e-3
 
 #: A call that takes longer is slow: not worth a long warm-up, nor as many samples.
-_SLOW_SECONDS = 2.0
+_SLOW_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def measure_interleaved(
     Args:
         fns: the calls by name. Each is run a few times first to warm up.
         seconds: to spend on each, roughly.
-        min_runs: rounds at least, however long they take; by default 5, or 3 where a call takes longer than 2 seconds.
+        min_runs: rounds at least, however long they take; by default 5, or 3 where a call takes longer than half a second.
         device: a CUDA device is timed by events around each sample, starting from an idle device, so the time holds the
             launching of kernels as a single call feels it; the CPU by ``time.perf_counter``.
         cold_cache: on a CUDA device, overwrite the L2 cache before each call, and launch while the device is still busy
@@ -85,7 +85,7 @@ def measure_interleaved(
         return {}
     device = torch.device(device)
     cold_cache = cold_cache and device.type == "cuda"
-    stopwatch: _Stopwatch = _EventStopwatch(device, cold_cache) if device.type == "cuda" else _ClockStopwatch()
+    stopwatch = make_stopwatch(device, cold_cache)
     once = {name: _warm_up(fn, stopwatch) for name, fn in fns.items()}
     slowest = max(once.values())
     calls = {name: 1 if cold_cache else max(1, round(_SAMPLE_SECONDS / once[name])) for name in fns}
@@ -104,13 +104,18 @@ def measure_interleaved(
     return {name: _summary(samples[name], calls[name]) for name in fns}
 
 
-class _Stopwatch:
+def make_stopwatch(device: torch.device, cold_cache: bool = False) -> Stopwatch:
+    """What times a call on ``device``; ``cold_cache`` as in :func:`measure_interleaved`."""
+    return _EventStopwatch(device, cold_cache) if device.type == "cuda" else _ClockStopwatch()
+
+
+class Stopwatch:
     def time(self, fn: Call, calls: int) -> float:
         """Seconds a call, over ``calls`` of them in a row."""
         raise NotImplementedError
 
 
-class _ClockStopwatch(_Stopwatch):
+class _ClockStopwatch(Stopwatch):
     def time(self, fn: Call, calls: int) -> float:
         start = time.perf_counter()
         for _ in range(calls):
@@ -118,7 +123,7 @@ class _ClockStopwatch(_Stopwatch):
         return (time.perf_counter() - start) / calls
 
 
-class _EventStopwatch(_Stopwatch):
+class _EventStopwatch(Stopwatch):
     def __init__(self, device: torch.device, cold_cache: bool) -> None:
         self.device = device
         self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
@@ -138,7 +143,7 @@ class _EventStopwatch(_Stopwatch):
         return start.elapsed_time(end) * 1e-3 / calls
 
 
-def _warm_up(fn: Call, stopwatch: _Stopwatch) -> float:
+def _warm_up(fn: Call, stopwatch: Stopwatch) -> float:
     """Run ``fn`` until it no longer compiles, allocates or chooses algorithms; seconds that it takes then, roughly."""
     fn()
     once = stopwatch.time(fn, 1)

@@ -347,7 +347,7 @@ def test_the_page_tells_what_is_measured_and_what_is_not(module, tmp_path):
     module("report.page").write_page(MADE_UP, tmp_path)
     text = (tmp_path / "report.md").read_text()
     assert (
-        "| packed lpu | cmt_s/a | float32 | inference | native | 20 | 20 .. 20 | 0.50x | 1 | 2 | 25% | 25% |  |" in text
+        "| packed lpu | cmt_s/a | float32 | inference | native | 20 | 20 .. 20 | 0.50x | 0.50 .. 0.50 (1) | 1 | 2 | 25% | 25% |  |" in text
     ), "rows that lose stay"
     assert "Failed: packed kv: ValueError: wrong" in text
     assert "Not measured yet (1): packed head" in text
