@@ -18,8 +18,10 @@ Rows = Iterable[Mapping[str, Any]]
 QUIET = 1.04
 #: Visits of a measurement at most; two are enough if the machine was quiet in one.
 VISITS = 5
-#: What takes longer, as compiling does, is measured once and last.
+#: What takes longer, as compiling does, is measured once.
 _SLOW_SECONDS = 60.0
+#: What second visits get of the budget, relative to all sections together: few numbers that hold before many that may not.
+_REPEATS = 0.5
 
 
 @dataclass(frozen=True)
@@ -102,9 +104,8 @@ class Report:
         self._took: dict[tuple[str, str], float] = {}  # by section and measurement: seconds of its last visit
 
     def run(self, sections: Mapping[str, Section], budget: float) -> bool:
-        """Run what is not done. Each section first gets its share of the budget, what one leaves goes to the next; then those that
-        had too little get the rest, in their order. What is left goes to second visits, see :meth:`_repeat`, and at last to what
-        takes minutes.
+        """Run what is not done, in three turns: each section within its share of the budget, what one leaves goes to the next;
+        second visits of what was measured, see :meth:`_repeat`; what the shares were too small for.
 
         Returns:
             Whether everything is done (or failed).
@@ -114,16 +115,16 @@ class Report:
         """
         deadline = self.clock() + budget
         plans = {name: self._plan(name, section) for name, section in sections.items()}
-        shares = sum(sections[name].share for name in plans)
+        repeated = {name: plan for name, plan in plans.items() if sections[name].repeated}
+        shares = sum(sections[name].share for name in plans) * (1 + (_REPEATS if repeated and self.visits > 1 else 0))
         for name, plan in plans.items():
             left = deadline - self.clock()
             self._section(name, plan, min(deadline, self.clock() + left * sections[name].share / shares))
             shares -= sections[name].share
-        for name, plan in plans.items():
-            self._section(name, [m for m in plan if m.expected_s <= _SLOW_SECONDS], deadline)
-        self._repeat({name: plan for name, plan in plans.items() if sections[name].repeated}, deadline)
+        self._repeat(repeated, deadline)
         for name, plan in plans.items():
             self._section(name, plan, deadline)
+        self._repeat(repeated, deadline)
         self.results.add_all([])  # what is missing is in the file even if nothing ran
         names = {name: {m.name for m in plan} for name, plan in plans.items()}
         return not any(names[name] & set(self.state[name]["missing"]) for name in plans)
