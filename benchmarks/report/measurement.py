@@ -16,8 +16,8 @@ Rows = Iterable[Mapping[str, Any]]
 
 #: A machine is quiet while its probe takes at most so many times what it took at best.
 QUIET = 1.04
-#: Visits of a measurement at most; two are enough if the machine was quiet in one.
-VISITS = 5
+#: Visits of a measurement if the machine was quiet in one of them; twice as many at most.
+VISITS = 3
 #: What takes longer, as compiling does, is measured once.
 _SLOW_SECONDS = 60.0
 #: What second visits get of the budget, relative to all sections together: few numbers that hold before many that may not.
@@ -80,7 +80,7 @@ class Report:
         say: called with each line of progress.
         clock: seconds, monotonic.
         probe: times work that is always the same: seconds, more of them while something else slows this machine.
-        visits: of each measurement at most.
+        visits: of each measurement that is repeated, if the machine was quiet in one; twice as many at most. 1: no second visits.
         device_works: whether the device still computes; asked after a failure.
         keep_failed: what failed in an earlier run is not tried again.
     """
@@ -115,8 +115,8 @@ class Report:
         """
         deadline = self.clock() + budget
         plans = {name: self._plan(name, section) for name, section in sections.items()}
-        repeated = {name: plan for name, plan in plans.items() if sections[name].repeated}
-        shares = sum(sections[name].share for name in plans) * (1 + (_REPEATS if repeated and self.visits > 1 else 0))
+        repeated = {name: plan for name, plan in plans.items() if sections[name].repeated and self.visits > 1}
+        shares = sum(sections[name].share for name in plans) * (1 + (_REPEATS if repeated else 0))
         for name, plan in plans.items():
             left = deadline - self.clock()
             self._section(name, plan, min(deadline, self.clock() + left * sections[name].share / shares))
@@ -161,7 +161,7 @@ class Report:
                 self._slower[name] = max(1.0, self._took[name, m.name] / m.expected_s)
 
     def _repeat(self, plans: Mapping[str, list[Measurement]], deadline: float) -> None:
-        """Visit again what was never measured while the machine was quiet, then what was measured only once.
+        """Visit again what was never measured while the machine was quiet, then what was measured least often.
 
         Virtual machines share clocks, caches and memory with others, for minutes: longer than any measurement, so that more
         samples at one time do not help, but a visit at another time does. Each row keeps its quietest visit.
@@ -184,7 +184,7 @@ class Report:
             visits = state["visits"].get(m.name, [])
             quiet = min(visits, default=math.inf) <= QUIET * best
             done = m.name in state["done"] and m.name not in state["failed"]
-            enough = len(visits) >= (min(2, self.visits) if quiet else self.visits)
+            enough = len(visits) >= (self.visits if quiet else 2 * self.visits)
             if done and not enough and expected <= _SLOW_SECONDS and self.clock() + expected <= deadline:
                 waiting.append((quiet, len(visits), name, m))
         return min(waiting, key=lambda one: one[:2])[2:] if waiting else None

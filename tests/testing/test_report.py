@@ -108,33 +108,32 @@ def repeated(section, **options):
 
 def test_a_second_visit_comes_first_where_the_machine_was_disturbed(parts):
     section, report, ran, _ = parts
-    first = report(probe=Probe(ran, 1))
+    first = report(probe=Probe(ran, 1), visits=2)
     assert first.run(repeated(section), 1000.0)
     # around a2 and, as the probe before it is that after a2, a3
     assert ran == ["a1", "a2", "a3", "b1", "a2", "a3", "a1"]
     assert first.state["a"]["visits"] == {"a1": [1.0, 1.0], "a2": [1.5, 1.0], "a3": [1.5, 1.0]}
-    assert report().run(repeated(section), 1000.0) and len(ran) == 7, "enough, for a later run too"
+    assert report(visits=2).run(repeated(section), 1000.0) and len(ran) == 7, "enough, for a later run too"
 
 
 def test_second_visits_end_with_the_budget(parts):
     section, report, ran, clock = parts
-    assert report().run(repeated(section), 65.0), (
-        "everything is measured: 21 s for a, 21 s for b, then second visits, then a3"
-    )
+    # 21 s for a, 21 s for b, then second visits, then a3: everything is measured
+    assert report(visits=2).run(repeated(section), 65.0)
     assert ran == ["a1", "a2", "b1", "a1", "a2", "a3"] and clock.now <= 65.0
-    assert report().run(repeated(section), 1000.0) and ran[6:] == ["a3"], "a later run goes on with them"
+    assert report(visits=2).run(repeated(section), 1000.0) and ran[6:] == ["a3"], "a later run goes on with them"
 
 
-def test_a_machine_that_is_never_quiet_again_is_not_waited_for_forever(parts, module):
+def test_a_machine_that_is_never_quiet_again_is_not_waited_for_forever(parts):
     section, report, ran, _ = parts
-    assert report(probe=Probe(ran, *range(1, 100))).run(repeated(section), 1e6)
-    assert [ran.count(name) for name in ("a1", "a2", "a3")] == [2, *2 * [module("report.measurement").VISITS]]
+    assert report(probe=Probe(ran, *range(1, 100)), visits=2).run(repeated(section), 1e6)
+    assert [ran.count(name) for name in ("a1", "a2", "a3")] == [2, 4, 4]
 
 
 def test_what_takes_minutes_is_visited_once(parts):
     section, report, ran, _ = parts
     slow = {"c": replace(section("C", ["c1"], seconds=100.0), repeated=True)}
-    assert report().run({**slow, **repeated(section)}, 1e4)
+    assert report(visits=2).run({**slow, **repeated(section)}, 1e4)
     assert ran == ["c1", "a1", "a2", "a3", "b1", "a1", "a2", "a3"]
 
 
@@ -172,7 +171,7 @@ def test_what_fails_at_a_second_visit_is_told(parts):
         wrong[:] = ["a1"] if "b1" in ran else []  # from the second visits on
         return 1.0
 
-    first = report(probe=probe)
+    first = report(probe=probe, visits=2)
     assert first.run(sections, 1000.0) and ran == ["a1", "a2", "a3", "b1", "a1", "a2", "a3"]
     assert first.state["a"]["failed"] == {"a1": "ValueError: a1 is wrong"}
 

@@ -40,9 +40,6 @@ ARCHITECTURES = {
     120: DeviceLimits(120, 99 << 10, 170),  # RTX 5090
 }
 
-#: Architectures whose tensor cores read operands from shared memory, not from registers: these have room for a larger tile.
-OPERANDS_IN_SHARED_MEMORY = (90, 100)
-
 
 def device_limits(device: torch.device) -> DeviceLimits:
     """Of a CUDA device its own; elsewhere, in the interpreter and for tensors without memory, those of an H100."""
