@@ -9,8 +9,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 from cmt_fast.ops._triton.device import ARCHITECTURES
+from cmt_fast.testing.shapes import stage_shapes
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,9 +35,27 @@ def table(folder: Path, *options: str) -> list[dict]:
 INFERENCE = {"stem", "patch_embed", "lpu", "attention", "expand", "depthwise_project", "head"}
 
 
-def training(monkeypatch) -> set[str]:
+@pytest.fixture
+def names(monkeypatch):
+    """Of the kernels of a packed model or of training that have launches in the stages."""
     monkeypatch.syspath_prepend(ROOT)
-    return set(importlib.import_module("benchmarks.launches").LAUNCHES) - INFERENCE
+    launches = importlib.import_module("benchmarks.launches").LAUNCHES
+
+    def names(kernels: str, stages: str, arch: int = 90) -> set[str]:
+        shapes = [shape for stage, shape in zip("abcd", stage_shapes("cmt_s", 256)) if stage in stages]
+        asked = INFERENCE if kernels == "inference" else launches.keys() - INFERENCE
+        limits = ARCHITECTURES[arch]
+        return {name for name in asked if any(launches[name](shape, torch.bfloat16, limits) for shape in shapes)}
+
+    return names
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton, not installed here")
+def test_every_kernel_has_launches(names):
+    assert names("inference", "abcd") == INFERENCE
+    assert names("training", "acd") == names("training", "abcd"), "b lies between"
+    launches = importlib.import_module("benchmarks.launches").LAUNCHES
+    assert names("inference", "abcd") | names("training", "acd") == launches.keys()
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs triton, not installed here")
@@ -43,17 +63,17 @@ def training(monkeypatch) -> set[str]:
     ("arch", "kernels", "stages"),
     [
         (90, "inference", "abcd"),
-        *((90, "training", stage) for stage in "acd"),  # b lies between
-        *(
-            (arch, "inference", "ad" if arch == 120 else "d") for arch in ARCHITECTURES if arch != 90
-        ),  # 120 has the least memory
+        *((90, "training", stage) for stage in "acd"),
+        (80, "inference", "d"),
+        (100, "inference", "d"),
+        (120, "inference", "ad"),  # with the least shared memory
     ],
 )
-def test_limits_of_cmt_s(tmp_path, arch, kernels, stages, monkeypatch):
-    names = INFERENCE if kernels == "inference" else training(monkeypatch)
-    asked = [f"--kernel={name}" for name in sorted(names)]
+def test_limits_of_cmt_s(tmp_path, arch, kernels, stages, names):
+    expected = names(kernels, stages, arch)
+    asked = [f"--kernel={name}" for name in sorted(expected)]
     rows = table(tmp_path, "--variant", "cmt_s", "--arch", f"sm_{arch}", "--batch", "256", "--stages", stages, *asked)
-    assert {row["kernel"] for row in rows} == names
+    assert {row["kernel"] for row in rows} == expected
     assert {row["stage"] for row in rows} == set(stages)
     for row in rows:
         where = f"{row['kernel']} of stage {row['stage']} on sm_{arch}: {row}"

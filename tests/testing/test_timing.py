@@ -1,6 +1,9 @@
 """Times are per call, fair, and never of nothing."""
 
 import gc
+import platform
+import subprocess
+import sys
 import time
 
 import pytest
@@ -45,6 +48,18 @@ def test_garbage_collection_is_off_while_measuring_and_back_after():
     with pytest.raises(RuntimeError):
         measure(lambda: exec("raise RuntimeError"), seconds=0.01)
     assert gc.isenabled()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's allocator, and this is another C library")
+def test_freed_memory_stays_with_the_process():
+    """Else the system clears the pages of every large tensor again, and the time depends on what the process did before."""
+    code = (
+        "import resource, torch; from cmt_fast.testing.timing import measure; measure(lambda: torch.ones(1 << 24), seconds=0.01);"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt; torch.ones(1 << 24);"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(result.stdout) < 1000, "a page each of 16384"
 
 
 def test_nothing_to_measure():
