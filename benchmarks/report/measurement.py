@@ -21,7 +21,7 @@ VISITS = 3
 #: What takes longer, as compiling does, is measured once.
 _SLOW_SECONDS = 60.0
 #: What second visits get of the budget, relative to all sections together: few numbers that hold before many that may not.
-_REPEATS = 0.5
+_REPEATS = 1.0
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class Report:
                 self._slower[name] = max(1.0, self._took[name, m.name] / m.expected_s)
 
     def _repeat(self, plans: Mapping[str, list[Measurement]], deadline: float) -> None:
-        """Visit again what was never measured while the machine was quiet, then what was measured least often.
+        """Visit again what was measured least often, of that first what was never measured while the machine was quiet.
 
         Virtual machines share clocks, caches and memory with others, for minutes: longer than any measurement, so that more
         samples at one time do not help, but a visit at another time does. Each row keeps its quietest visit.
@@ -186,7 +186,7 @@ class Report:
             done = m.name in state["done"] and m.name not in state["failed"]
             enough = len(visits) >= (self.visits if quiet else 2 * self.visits)
             if done and not enough and expected <= _SLOW_SECONDS and self.clock() + expected <= deadline:
-                waiting.append((quiet, len(visits), name, m))
+                waiting.append((len(visits), quiet, name, m))
         return min(waiting, key=lambda one: one[:2])[2:] if waiting else None
 
     def _visit(self, name: str, m: Measurement) -> None:

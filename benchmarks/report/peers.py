@@ -81,9 +81,9 @@ def plan(settings: Settings) -> Iterator[Measurement]:
     for batch in batches:
         for peer in CMT[1:2] if settings.quick else CMT:
             for provider in ("optimize", "original"):
-                yield _measurement(settings, peer, batch, provider, 15.0)
+                yield _measurement(settings, peer, batch, provider, 15.0 if settings.gpu else 4.0)
         for peer in peers:
-            yield _measurement(settings, peer, batch, "eager", 15.0)
+            yield _measurement(settings, peer, batch, "eager", 15.0 if settings.gpu else 4.0)
     for batch in batches:
         for peer in () if settings.quick and not settings.gpu else peers:
             for mode in MODES[1:] if settings.gpu else MODES[1:2]:

@@ -12,7 +12,7 @@ from benchmarks.report.settings import Settings
 def sections(settings: Settings) -> dict[str, Section]:
     """By name. The names are those of ``--only``, and the ``section`` of the rows."""
     return {
-        "tests": Section("Tests on this device", partial(accuracy.tests_plan, settings), 2.0),
+        "tests": Section("Tests on this device", partial(accuracy.tests_plan, settings), 2.5),
         "accuracy": Section("Errors against float64", partial(accuracy.plan, settings), 1.5),
         "calibration": Section("What this machine does at best", partial(calibration.plan, settings), 1.5),
         "inference": Section(
