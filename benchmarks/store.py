@@ -77,15 +77,20 @@ def key(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def quieter(earlier: Mapping[str, Any] | None, row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Of two visits of a row the one in which it and what it took turns with were faster: whatever disturbs only adds time.
+    """Of a row's visits the one in which it was fastest; ``ratio`` is of its lowest median and its baseline's.
 
-    (Chen and Revels, Robust benchmarking in noisy environments, 2016, section IV.) ``ratios`` of the result has every visit's.
+    Whatever disturbs only adds time (Chen and Revels, Robust benchmarking in noisy environments, 2016, section IV).
+    ``visits`` of the result has the medians of all: [[own, baseline's], ...].
     """
     if earlier is None or row.get("ratio") is None or earlier.get("ratio") is None:
         return row
-    # the product of both times, as ratio = baseline's / own
-    faster = min(row, earlier, key=lambda one: one["ratio"] * _median(one) ** 2)
-    return {**faster, "ratios": [*earlier.get("ratios", [earlier["ratio"]]), row["ratio"]]}
+    visits = [*earlier.get("visits", [_medians(earlier)]), _medians(row)]
+    own, base = (min(medians) for medians in zip(*visits))
+    return {**min(row, earlier, key=_median), "ratio": base / own, "visits": visits}
+
+
+def _medians(row: Mapping[str, Any]) -> list[float]:
+    return [float(f"{median:.5g}") for median in (_median(row), row["ratio"] * _median(row))]
 
 
 def _median(row: Mapping[str, Any]) -> float:

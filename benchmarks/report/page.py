@@ -36,7 +36,7 @@ def write_page(data: dict[str, Any], folder: Path) -> Path:
     page = Report(
         f"cmt_fast on {device_name(facts)}",
         "Every number was measured on this machine; ratios are of providers that took turns in one process. A result that was "
-        "not as accurate as PyTorch's own gets no time. Rows that lose stay. Of several visits the quietest counts.",
+        "not as accurate as PyTorch's own gets no time. Rows that lose stay. Of several visits each provider's quietest counts.",
         [(name.replace("_", " "), str(value)) for name, value in facts.items() if value is not None],
     )
     try:
@@ -113,9 +113,9 @@ def _ratio(x: float | None) -> str:
 
 def _visits(row: Row) -> str:
     """The lowest and the highest ratio of all visits, and how many they are; nothing of a baseline."""
-    ratios = row.get("ratios", [row["ratio"]])
-    if ratios[-1] in (None, 1.0):
+    if row["ratio"] in (None, 1.0):
         return ""
+    ratios = [base / own for own, base in row.get("visits", [[1.0, row["ratio"]]])]
     return f"{min(ratios):.2f} .. {max(ratios):.2f} ({len(ratios)})"
 
 

@@ -151,13 +151,16 @@ def test_a_row_keeps_its_quietest_visit(module):
     quieter = module("store").quieter
     first, disturbed = dict(median_us=10.0, ratio=2.0, note=""), dict(median_us=13.0, ratio=1.6, note="")
     assert quieter(None, first) == first
-    assert quieter(first, disturbed) == first | {"ratios": [2.0, 1.6]}
-    quiet = dict(median_us=9.9, ratio=2.01, note="")
-    assert quieter(quieter(disturbed, first), quiet) == quiet | {"ratios": [1.6, 2.0, 2.01]}
-    # a baseline that was disturbed alone makes the ratio look better: both times count
-    flattered = dict(median_us=9.8, ratio=2.6, note="")
-    assert quieter(first, flattered)["ratio"] == 2.0
-    assert quieter(dict(median_ms=5.0, ratio=1.5), dict(median_ms=4.0, ratio=1.5))["median_ms"] == 4.0
+    both = quieter(first, disturbed)
+    assert both == first | {"visits": [[10.0, 20.0], [13.0, 20.8]]}
+    assert quieter(disturbed, first) == first | {"visits": [[13.0, 20.8], [10.0, 20.0]]}
+    # a visit in which the baseline alone was disturbed does not flatter, one in which it was not counts for it
+    assert quieter(both, dict(median_us=9.5, ratio=2.6, note="")) == dict(
+        median_us=9.5, ratio=20.0 / 9.5, note="", visits=[*both["visits"], [9.5, 24.7]]
+    )
+    assert quieter(first, dict(median_us=12.0, ratio=1.5, note=""))["ratio"] == 1.8
+    baseline = quieter(dict(median_ms=5.0, ratio=1.0), dict(median_ms=4.0, ratio=1.0))
+    assert (baseline["median_ms"], baseline["ratio"]) == (4.0, 1.0)
     untimed = dict(median_us=None, ratio=None, note="needs a GPU")
     assert quieter(first, untimed) == untimed and quieter(untimed, first) == first
 
