@@ -1,7 +1,7 @@
 """Time the steps of packed models: ``python -m benchmarks.steps [--variant cmt_s] [--batch 1] [--dtype bfloat16] [--quick]``.
 
-Every kind of step is timed once a stage, with the inputs that it has inside the model, in plain PyTorch and by the compiled
-kernels, after a comparison with float64. GB/s count each tensor read or written once, GFLOP/s the matrix products and
+Every kind of step is timed once a stage, over all of the stage's blocks in turn with the inputs that they have inside the model, in
+plain PyTorch and by the compiled kernels, after a comparison with float64. GB/s count each tensor read or written once, GFLOP/s the matrix products and
 convolutions; beside them stands what this machine copies and multiplies at best.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -86,9 +87,15 @@ class Call:
         return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
 
 
-def record_calls(packed: PackedModel, functions: StepFunctions, images: Tensor) -> dict[tuple[str, str], Call]:
-    """Run a model and keep the first call of each step in each stage, by (step, stage)."""
-    calls: dict[tuple[str, str], Call] = {}
+def in_turn(calls: Sequence[Call]) -> Callable[[], Results]:
+    """What runs the next of the calls each time. A single block's weights would stay in a cache, as they do not inside the model."""
+    turns = itertools.cycle(calls)
+    return lambda: next(turns)()
+
+
+def record_calls(packed: PackedModel, functions: StepFunctions, images: Tensor) -> dict[tuple[str, str], list[Call]]:
+    """Run a model and keep the calls of each step in all blocks of a stage, by (step, stage)."""
+    calls: dict[tuple[str, str], list[Call]] = {}
     tables = [stage.table for stage in packed.stages]
     embedded = 0
 
@@ -98,7 +105,7 @@ def record_calls(packed: PackedModel, functions: StepFunctions, images: Tensor) 
         stage = STAGES[max(embedded - 1, 0)]
         function = getattr(functions, name)
         own = tuple(not isinstance(x, Tensor) or any(x is table for table in tables) for x in arguments)
-        calls.setdefault((name, stage), Call(name, stage, function, arguments, own))
+        calls.setdefault((name, stage), []).append(Call(name, stage, function, arguments, own))
         return function(*arguments)
 
     run(packed, images, StepFunctions(**{name: partial(call, name) for name in STEPS}))
@@ -119,7 +126,7 @@ def measure_steps(
     size = size or VARIANTS[variant].resolution
     packed = pack(make_model(variant, size, p), dtype=p.dtype)
     images = make_images(batch, size, p)
-    recorded: dict[str, dict[tuple[str, str], Call]] = {BASELINE: record_calls(packed, TORCH, images)}
+    recorded: dict[str, dict[tuple[str, str], list[Call]]] = {BASELINE: record_calls(packed, TORCH, images)}
     notes = {}
     for provider in providers:
         try:
@@ -130,10 +137,10 @@ def measure_steps(
     for (step, stage), base in recorded[BASELINE].items():
         if step not in steps:
             continue
-        calls = {name: recorded[name][step, stage].on_maps_of(base) for name in providers if name in recorded}
+        calls = {name: on_maps_of(base, recorded[name][step, stage]) for name in providers if name in recorded}
         wrongs = wrong(base, calls, p.low)
-        timings = measure_interleaved({n: call for n, call in calls.items() if n not in wrongs}, seconds=seconds)
-        flops, size_bytes = base.flops(), base.bytes()
+        timings = measure_interleaved({n: in_turn(c) for n, c in calls.items() if n not in wrongs}, seconds=seconds)
+        flops, size_bytes = base[0].flops(), base[0].bytes()
         for provider in providers:
             t, first = timings.get(provider), timings.get(BASELINE)
             yield dict(
@@ -160,16 +167,22 @@ def measure_machine(dtype: torch.dtype, seconds: float) -> dict[str, float]:
     }
 
 
-def wrong(base: Call, calls: dict[str, Call], dtype: torch.dtype) -> dict[str, str]:
+def on_maps_of(others: Sequence[Call], calls: Sequence[Call]) -> list[Call]:
+    """:meth:`Call.on_maps_of`, block by block."""
+    return [call.on_maps_of(other) for call, other in zip(calls, others)]
+
+
+def wrong(base: Sequence[Call], calls: dict[str, list[Call]], dtype: torch.dtype) -> dict[str, str]:
     """Why a provider gets no time for a step: how it departs from float64 by more than the policy allows, by the providers that do."""
-    exact, plain = base.in_double()(), base()
     notes = {}
-    for provider, call in calls.items():
-        for i, result in enumerate(call()):
-            result = result[..., : exact[i].shape[-1]]  # a kernel may leave room between the pixels of a map
-            judged = compare(f"output {i}", result, exact[i], plain[i], dtype=dtype)
-            if not judged.passed:
-                notes[provider] = f"wrong: {judged}"
+    for block, plain_call in enumerate(base):
+        exact, plain = plain_call.in_double()(), plain_call()
+        for provider, blocks in calls.items():
+            for i, result in enumerate(blocks[block]()):
+                result = result[..., : exact[i].shape[-1]]  # a kernel may leave room between the pixels of a map
+                judged = compare(f"output {i}", result, exact[i], plain[i], dtype=dtype)
+                if not judged.passed:
+                    notes[provider] = f"wrong: {judged}"
     return notes
 
 

@@ -33,11 +33,11 @@ def test_cpu_step(benchmark, recorded, step, stage, provider):
     base = recorded[BASELINE].get((step, stage))
     if base is None:
         pytest.skip(f"stage {stage} has no {step}")
-    call = recorded[provider][step, stage].on_maps_of(base)
+    calls = steps.on_maps_of(base, recorded[provider][step, stage])
     benchmark.group = f"packed {step} {stage}"
     with torch.inference_mode():
-        assert not steps.wrong(base, {provider: call}, torch.float32), "no time for a wrong result"
-        benchmark(call)
+        assert not steps.wrong(base, {provider: calls}, torch.float32), "no time for a wrong result"
+        benchmark(steps.in_turn(calls))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and none is visible")

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.compare import add_comparison, compare_files
-from benchmarks.report.measurement import VISITS, DeviceLost, Report
+from benchmarks.report.measurement import VISITS, DeviceLost, Report, disturbed, quietest, quietest_before
 from benchmarks.report.page import write_page
 from benchmarks.report.probe import probe
 from benchmarks.report.sections import sections
@@ -58,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     every = sections(settings)
     chosen = {name: section for name, section in every.items() if not options.only or name in options.only}
     results = _result_file(settings, options.out, options.resume)
+    folders = (results.path.parent, RESULTS / results.path.parent.name)
+    results.data["quietest_before"] = quietest_before(results, folders)
     print(f"{results.data['machine']}\n-> {results.path}", flush=True)
     report = Report(
         results,
@@ -82,6 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"not finished: python -m benchmarks.report --resume goes on (--budget SECONDS, now {options.budget:g})")
     print(f"report: {page}")
     states = [results.data["sections"][name] for name in chosen]
+    if slow := sum(len(disturbed(state, quietest(results.data))) for state in states):
+        print(f"{slow} were measured only while something else slowed the machine: their ratios may differ by a fifth")
     wrong = any(row.get("failed") for row in results.data["rows"])
     return int(wrong or any(state["failed"] for state in states))
 

@@ -7,13 +7,16 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from benchmarks.store import ResultFile, key, quieter
+from benchmarks.store import ResultFile, key, load, quieter
 from cmt_fast.testing.results import clocks_power, error_line
 
 Rows = Iterable[Mapping[str, Any]]
 
+#: What two result files have in common if they are of one machine.
+_SAME = ("cpu", "gpu", "cores", "threads", "torch")
 #: A machine is quiet while its probe takes at most so many times what it took at best.
 QUIET = 1.04
 #: Visits of a measurement if the machine was quiet in one of them; twice as many at most.
@@ -56,11 +59,29 @@ class Section:
     repeated: bool = False
 
 
-def quietest(sections: Mapping[str, Mapping[str, Any]]) -> float:
-    """What the probe took at best around the visits of a result file's sections, in seconds; 0 if there were none."""
-    return min(
-        (x for state in sections.values() for x in itertools.chain(*state.get("visits", {}).values())), default=0.0
-    )
+def quietest(data: Mapping[str, Any]) -> float:
+    """What the probe took at best around the visits of a result file, and of earlier ones where it knows them; in seconds, 0 if never."""
+    visits = itertools.chain(*(state.get("visits", {}).values() for state in data.get("sections", {}).values()))
+    return min([*itertools.chain(*visits), *data.get("quietest_before", [])], default=0.0)
+
+
+def quietest_before(results: ResultFile, folders: Iterable[Path]) -> list[float]:
+    """What the probe took at best in each earlier report of the same machine and PyTorch.
+
+    A machine can be slow for as long as a whole report takes, which it cannot know from itself.
+    """
+    facts = results.data["machine"]
+    found = []
+    for path in sorted({path for folder in folders for path in folder.glob("*-report*.json")} - {results.path}):
+        data = load(path)
+        if all(data["machine"].get(name) == facts.get(name) for name in _SAME) and quietest(data):
+            found.append(quietest(data))
+    return found
+
+
+def disturbed(state: Mapping[str, Any], best: float) -> list[str]:
+    """What a section measured only while the machine was not quiet; ``best``: what the probe takes if it is."""
+    return [name for name, visits in state.get("visits", {}).items() if min(visits) > QUIET * best]
 
 
 class Unavailable(Exception):
@@ -177,7 +198,7 @@ class Report:
         self, measurements: Iterable[tuple[str, Measurement]], deadline: float
     ) -> tuple[str, Measurement] | None:
         """What gains most from one more visit, and has time for it."""
-        best = quietest(self.state)
+        best = quietest(self.results.data)
         waiting = []
         for name, m in measurements:
             state, expected = self.state[name], self._took.get((name, m.name), m.expected_s)

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.peaks import Peaks, peaks
 from benchmarks.plot import write_figures
-from benchmarks.report.measurement import QUIET, quietest
+from benchmarks.report.measurement import disturbed, quietest
 from cmt_fast.testing.results import device_name
 from cmt_fast.training.report import Report
 
@@ -53,16 +53,16 @@ def write_page(data: dict[str, Any], folder: Path) -> Path:
         rows = [row for row in data["rows"] if row.get("section") == name]
         for header, lines in _tables(name, rows, best):
             page.table(header, lines)
-        for note in _notes(state, QUIET * quietest(data["sections"])):
+        for note in _notes(state, quietest(data)):
             page.text(note)
     return page.write(folder)
 
 
-def _notes(state: dict[str, Any], quiet: float) -> list[str]:
-    """``quiet``: seconds that the probe takes at most while the machine is quiet."""
+def _notes(state: dict[str, Any], best: float) -> list[str]:
+    """``best``: seconds that the probe takes while the machine is quiet."""
     notes = [f"Not here: {state['note']}"] if state["note"] else []
-    if disturbed := [name for name, visits in state.get("visits", {}).items() if min(visits) > quiet]:
-        notes.append(f"Measured only while something else slowed the machine: {_first(disturbed)}.")
+    if names := disturbed(state, best):
+        notes.append(f"Measured only while something else slowed the machine ({len(names)}): {_first(names)}.")
     if clocks := state.get("clocks_power"):
         sm = sorted(int(line.split()[0]) for line in clocks.values() if line and line.split()[0].isdigit())
         notes += [f"SM clock after each measurement: {sm[0]} to {sm[-1]} MHz; with power in the file."] if sm else []

@@ -176,13 +176,15 @@ def record(steps):
     return packed, steps.record_calls(packed, TORCH, torch.randn(2, 3, 64, 64))
 
 
-def test_every_step_of_every_stage_is_recorded_once(monkeypatch):
+def test_every_step_is_recorded_in_all_blocks_of_its_stage(monkeypatch):
     steps = module(monkeypatch, "steps")
     packed, calls = record(steps)
     assert set(calls) == {("stem", "a"), ("head", "d")} | {
         (name, stage) for name in set(steps.STEPS) - {"stem", "head"} for stage in "abcd"
     }
-    attention = calls["attention", "b"]
+    for stage, packed_stage in zip("abcd", packed.stages):
+        assert [call.arguments[0] for call in calls["lpu", stage]] == [block.lpu for block in packed_stage.blocks]
+    attention = calls["attention", "b"][0]
     assert attention.own == (True, True, False, False, True), "its data, that of K/V, two maps, the table"
     assert attention.arguments[-1].shape == packed.stages[1].table.shape
 
@@ -190,11 +192,17 @@ def test_every_step_of_every_stage_is_recorded_once(monkeypatch):
 def test_bytes_and_operations_of_a_step(monkeypatch):
     steps = module(monkeypatch, "steps")
     packed, calls = record(steps)
-    project, step = calls["depthwise_project", "a"], packed.stages[0].blocks[0].depthwise_project
+    project, step = calls["depthwise_project", "a"][0], packed.stages[0].blocks[0].depthwise_project
     (channels, hidden), pixels = step.weight.shape, 2 * 16 * 16
     weights = step.taps.numel() + step.bias.numel() + step.weight.numel() + step.out_bias.numel()
     assert project.bytes() == 4 * (weights + pixels * (hidden + 2 * channels))
     assert project.flops() == 2 * pixels * hidden * (9 + channels)
+
+
+def test_blocks_run_in_turn(monkeypatch):
+    """One block's weights would stay in a cache, as they do not inside the model."""
+    step = module(monkeypatch, "steps").in_turn([lambda: "first", lambda: "second"])
+    assert [step() for _ in range(3)] == ["first", "second", "first"]
 
 
 def test_a_wrong_step_gets_no_time(monkeypatch):

@@ -130,6 +130,28 @@ def test_a_machine_that_is_never_quiet_again_is_not_waited_for_forever(parts):
     assert [ran.count(name) for name in ("a1", "a2", "a3")] == [2, 4, 4]
 
 
+def test_a_machine_that_is_slow_all_along_is_known_from_earlier_reports(module, parts, tmp_path):
+    """A report alone cannot tell: the quietest moment that it saw was none."""
+    section, report, _, _ = parts
+    measurement, store = module("report.measurement"), module("store")
+    plan = {"a": replace(section("A", ["a1"]), repeated=True)}
+    first = report()
+    assert first.run(plan, 1000.0) and first.state["a"]["visits"] == {"a1": [1.0, 1.0, 1.0]}
+    other = dict(first.results.data, machine=first.results.data["machine"] | {"cpu": "a faster one"})
+    other["sections"] = {"a": {"visits": {"a1": [0.1]}}}
+    store.write_json(tmp_path / "other-report.json", other)
+    second = report(probe=lambda: 1.5)
+    second.results.path = tmp_path / "amd-report2.json"
+    second.results.data = {"machine": first.results.data["machine"], "rows": [], "sections": {}}
+    second.state = second.results.data["sections"]
+    folders = (tmp_path, first.results.path.parent)
+    second.results.data["quietest_before"] = measurement.quietest_before(second.results, folders)
+    assert second.results.data["quietest_before"] == [1.0], "of this machine only"
+    assert second.run(plan, 1000.0) and second.state["a"]["visits"] == {"a1": [1.5] * 6}, "never quiet: twice as often"
+    assert measurement.disturbed(second.state["a"], measurement.quietest(second.results.data)) == ["a1"]
+    assert not measurement.disturbed(first.state["a"], measurement.quietest(first.results.data))
+
+
 def test_what_takes_minutes_is_visited_once(parts):
     section, report, ran, _ = parts
     slow = {"c": replace(section("C", ["c1"], seconds=100.0), repeated=True)}
@@ -438,7 +460,7 @@ def test_the_page_tells_what_is_measured_and_what_is_not(module, tmp_path):
         "| packed lpu | cmt_s/a | float32 | inference | native | 20 | 20 .. 20 | 0.50x | 0.50 .. 0.50 (1) | 1 | 2 | 25% | 25% |  |"
         in text
     ), "rows that lose stay"
-    assert "Measured only while something else slowed the machine: packed lpu, packed stem." in text
+    assert "Measured only while something else slowed the machine (2): packed lpu, packed stem." in text
     assert "Failed: packed kv: ValueError: wrong" in text
     assert "Not measured yet (1): packed head" in text
     assert "Not here: timm is not installed" in text
