@@ -85,7 +85,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"report: {page}")
     states = [results.data["sections"][name] for name in chosen]
     if slow := sum(len(disturbed(state, quietest(results.data))) for state in states):
-        print(f"{slow} were measured only while something else slowed the machine: their ratios may differ by a fifth")
+        print(
+            f"{slow} were measured only while something else slowed the machine, and their ratios may differ by a fifth: "
+            "better at another time"
+        )
     wrong = any(row.get("failed") for row in results.data["rows"])
     return int(wrong or any(state["failed"] for state in states))
 

@@ -80,7 +80,9 @@ def quietest_before(results: ResultFile, folders: Iterable[Path]) -> list[float]
 
 
 def disturbed(state: Mapping[str, Any], best: float) -> list[str]:
-    """What a section measured only while the machine was not quiet; ``best``: what the probe takes if it is."""
+    """What a section that is timed measured only while the machine was not quiet; ``best``: what the probe takes if it is."""
+    if not state.get("repeated"):
+        return []
     return [name for name, visits in state.get("visits", {}).items() if min(visits) > QUIET * best]
 
 
@@ -155,6 +157,7 @@ class Report:
             name, {"title": section.title, "done": [], "failed": {}, "missing": [], "note": ""}
         )
         state.setdefault("visits", {})
+        state["repeated"] = section.repeated
         if not self.keep_failed:
             state["failed"] = {}  # tried once more
         try:

@@ -62,7 +62,9 @@ def _notes(state: dict[str, Any], best: float) -> list[str]:
     """``best``: seconds that the probe takes while the machine is quiet."""
     notes = [f"Not here: {state['note']}"] if state["note"] else []
     if names := disturbed(state, best):
-        notes.append(f"Measured only while something else slowed the machine ({len(names)}): {_first(names)}.")
+        notes.append(
+            f"Measured only while something else slowed the machine ({len(names)} of {len(state['visits'])}): {_first(names)}."
+        )
     if clocks := state.get("clocks_power"):
         sm = sorted(int(line.split()[0]) for line in clocks.values() if line and line.split()[0].isdigit())
         notes += [f"SM clock after each measurement: {sm[0]} to {sm[-1]} MHz; with power in the file."] if sm else []

@@ -433,6 +433,7 @@ MADE_UP = {
     "sections": {
         "kernels": dict(
             title="Operations",
+            repeated=True,
             visits={"packed lpu": [0.015, 0.013], "packed stem": [0.011], "packed attention": [0.0100]},
             done=["packed lpu"],
             failed={"packed kv": "ValueError: wrong"},
@@ -460,7 +461,7 @@ def test_the_page_tells_what_is_measured_and_what_is_not(module, tmp_path):
         "| packed lpu | cmt_s/a | float32 | inference | native | 20 | 20 .. 20 | 0.50x | 0.50 .. 0.50 (1) | 1 | 2 | 25% | 25% |  |"
         in text
     ), "rows that lose stay"
-    assert "Measured only while something else slowed the machine (2): packed lpu, packed stem." in text
+    assert "Measured only while something else slowed the machine (2 of 3): packed lpu, packed stem." in text
     assert "Failed: packed kv: ValueError: wrong" in text
     assert "Not measured yet (1): packed head" in text
     assert "Not here: timm is not installed" in text
