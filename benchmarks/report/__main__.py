@@ -84,7 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"not finished: python -m benchmarks.report --resume goes on (--budget SECONDS, now {options.budget:g})")
     print(f"report: {page}")
     states = [results.data["sections"][name] for name in chosen]
-    if slow := sum(len(disturbed(state, quietest(results.data))) for state in states):
+    best = quietest(results.data)
+    if slow := sum(len(disturbed(state, best)) for state in states):
         print(
             f"{slow} were measured only while something else slowed the machine, and their ratios may differ by a fifth: "
             "better at another time"
