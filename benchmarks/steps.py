@@ -1,8 +1,8 @@
 """Time the steps of packed models: ``python -m benchmarks.steps [--variant cmt_s] [--batch 1] [--dtype bfloat16] [--quick]``.
 
 Every kind of step is timed once a stage, over all of the stage's blocks in turn with the inputs that they have inside the model, in
-plain PyTorch and by the compiled kernels, after a comparison with float64. GB/s count each tensor read or written once, GFLOP/s the matrix products and
-convolutions; beside them stands what this machine copies and multiplies at best.
+plain PyTorch and by the compiled kernels, after a comparison with float64. GB/s count each tensor read or written once, GFLOP/s the
+matrix products and convolutions; beside them stands what this machine copies and multiplies at best.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def measure_steps(
     images = make_images(batch, size, p)
     recorded: dict[str, dict[tuple[str, str], list[Call]]] = {BASELINE: record_calls(packed, TORCH, images)}
     notes = {}
-    for provider in providers:
+    for provider in set(providers) - recorded.keys():
         try:
             recorded[provider] = record_calls(*PROVIDERS[provider](packed), images)
         except Exception as error:
